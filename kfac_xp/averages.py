@@ -1,0 +1,104 @@
+"""The exponential moving average in which statistics are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kfac_xp.backend import array_namespace, as_number, device_of, is_readable
+from kfac_xp.typing import Array, Scalar
+
+
+class MovingAverage:
+    """A weighted moving average of arrays of one shape.
+
+    ``total = decay * total + weight * new`` and likewise for the sum of weights. With
+    `zero_debias` the value is their quotient, so the bias towards the start is gone and any
+    common factor of the weights cancels; otherwise the value is the total.
+
+    Parameters
+    ----------
+    initial
+        Value of the total before the first update. Its shape, dtype, device and library are those
+        of the average.
+    zero_debias
+        Divide by the sum of weights.
+    starts_defined
+        True if `initial` is meant as a first value that may be read before any update.
+    """
+
+    def __init__(
+        self, initial: Array, *, zero_debias: bool = True, starts_defined: bool = False
+    ) -> None:
+        self.total = initial
+        self.weight: Scalar = 0.0
+        self.zero_debias = zero_debias
+        self.starts_defined = starts_defined
+        self.num_updates = 0
+        self.all_finite: Array | None = None
+        """Device flag: every update so far was finite. None where updates are looked at at once."""
+
+    @property
+    def has_value(self) -> bool:
+        """True once there is something to read."""
+        return self.num_updates > 0 or (self.starts_defined and not self.zero_debias)
+
+    def default_weight(self, decay: Scalar) -> Scalar:
+        """Weight of a new value that goes with `decay` when the caller names none."""
+        return 1.0 if self.zero_debias else 1.0 - as_number(decay)
+
+    def update(self, new: Array, *, decay: Scalar, weight: Scalar | None = None) -> None:
+        """Average in `new`.
+
+        An update that is not finite is left out. Where values cannot be read for free the choice
+        is made on the device and remembered in `all_finite`; elsewhere the caller has refused
+        such an update before (see `is_finite`).
+        """
+        weight = self.default_weight(decay) if weight is None else weight
+        decay, weight = as_number(decay), as_number(weight)
+        total = decay * self.total + weight * new
+        total_weight = decay * self.weight + weight
+        if not is_readable(new):
+            xp = array_namespace(new)
+            finite = xp.all(xp.isfinite(new))
+            total = xp.where(finite, total, self.total)
+            place = {"dtype": new.dtype, "device": device_of(new)}
+            total_weight = xp.where(
+                finite, xp.asarray(total_weight, **place), xp.asarray(self.weight, **place)
+            )
+            self.all_finite = finite if self.all_finite is None else self.all_finite & finite
+        self.total, self.weight = total, total_weight
+        self.num_updates += 1
+
+    @property
+    def value(self) -> Array:
+        """The average now; not a number before the first update if debiased."""
+        return self.total / self.weight if self.zero_debias else self.total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Total, sum of weights and number of updates."""
+        return {"total": self.total, "weight": self.weight, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, moved to this average's library, dtype and device.
+
+        Raises
+        ------
+        ValueError
+            If the shape is another.
+        """
+        xp, like = array_namespace(self.total), self.total
+        if tuple(state["total"].shape) != tuple(like.shape):
+            raise ValueError(
+                f"the saved average has shape {tuple(state['total'].shape)}, this one "
+                f"{tuple(like.shape)}: the state belongs to another layer or factor."
+            )
+        self.total = xp.asarray(state["total"], dtype=like.dtype, device=device_of(like))
+        self.weight = float(state["weight"])
+        self.num_updates = int(state["num_updates"])
+        self.all_finite = None
+
+
+def is_finite(x: Array) -> bool:
+    """False if `x` can be read for free and holds a NaN or an infinity."""
+    return not is_readable(x) or bool(array_namespace(x).all(array_namespace(x).isfinite(x)))

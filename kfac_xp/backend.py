@@ -1,0 +1,285 @@
+"""Which library an array belongs to, and which implementation of an op serves it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import array_api_compat
+
+from kfac_xp.typing import Array, Namespace, Scalar
+
+REFERENCE = "reference"
+BACKENDS = (REFERENCE, "numba", "cuda")
+
+
+def array_namespace(*arrays: Array) -> Namespace:
+    """Namespace of the arrays' common library.
+
+    Raises
+    ------
+    TypeError
+        If the arrays come from several libraries, or one is not an array.
+    """
+    try:
+        return array_api_compat.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = sorted({f"{type(a).__module__}.{type(a).__qualname__}" for a in arrays})
+        raise TypeError(
+            f"the arrays of one call must all belong to one array library; got {', '.join(kinds)}. "
+            "Convert them first, for example with `xp.asarray`."
+        ) from error
+
+
+def library_of(x: Array) -> str:
+    """Name of the array library of `x`: "numpy", "cupy", "torch", "jax", "array_api_strict", ..."""
+    return array_namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
+
+
+def is_tracer(x: Array) -> bool:
+    """True inside ``jax.jit``, where an array has a shape and no value."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
+
+
+def device_of(x: Array) -> Any:
+    """Device of an array; None for a tracer, which has none yet."""
+    return None if is_tracer(x) else array_api_compat.device(x)
+
+
+def require_one_place(**arrays: Array) -> Namespace:
+    """Common namespace of the named arrays, which must also be on one device.
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to several libraries.
+    ValueError
+        If they are on several devices.
+    """
+    xp = array_namespace(*arrays.values())
+    devices = {name: device_of(a) for name, a in arrays.items()}
+    if len({str(d) for d in devices.values() if d is not None}) > 1:
+        places = ", ".join(f"`{name}` on {d}" for name, d in devices.items())
+        raise ValueError(f"arrays must be on one device; got {places}. Move them to one first.")
+    return xp
+
+
+def is_readable(x: Array) -> bool:
+    """True where looking at values is free: host memory, and not inside a trace."""
+    if is_tracer(x):
+        return False
+    if array_api_compat.is_numpy_array(x):
+        return True
+    if array_api_compat.is_cupy_array(x):
+        return False
+    if array_api_compat.is_jax_array(x):
+        return all(d.platform == "cpu" for d in x.devices())
+    return "cpu" in str(array_api_compat.device(x)).lower()
+
+
+def as_number(x: Scalar) -> Scalar:
+    """A Python float for any host number, so that it never widens an array's dtype.
+
+    A ``np.float64`` would turn float32 work into float64. A 0-d array of a device library is
+    returned as it is: reading it would wait for the device.
+    """
+    if isinstance(x, (int, float)) or array_api_compat.is_numpy_array(x):
+        return float(x)
+    return x
+
+
+def statistics_dtype(x: Array, dtype: Any = None) -> Any:
+    """The dtype in which statistics of `x` accumulate: `dtype`, else at least float32."""
+    if dtype is not None:
+        return dtype
+    xp = array_namespace(x)
+    if not xp.isdtype(x.dtype, "real floating"):
+        raise TypeError(f"expected a real floating array, got dtype {x.dtype}. Convert it first.")
+    return xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
+
+
+def as_statistics(x: Array, dtype: Any = None) -> Array:
+    """`x` in its statistics dtype; not copied when it has it already."""
+    xp = array_namespace(x)
+    return xp.astype(x, statistics_dtype(x, dtype), copy=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ops
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A test on an op's arguments, with the words that `explain` prints."""
+
+    words: str
+    holds: Callable[..., bool]
+
+
+ALWAYS = Condition("every call", lambda *args, **kwargs: True)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A kernel that may replace an op's reference."""
+
+    backend: str
+    path: str
+    accepts: Condition
+    wins: Condition
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Array]:
+        """The kernel, imported when it is first wanted."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_forced: ContextVar[str | None] = ContextVar("kfac_xp_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one implementation of every op within the ``with`` block, whatever the sizes.
+
+    `name` is ``"reference"`` (the Array API body), ``"numba"`` (NumPy arrays) or ``"cuda"``
+    (CuPy arrays). An op that has no implementation for its arrays under that name raises
+    ValueError.
+
+    Raises
+    ------
+    ValueError
+        If `name` is not one of these.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"`name` must be one of {BACKENDS}; got {name!r}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(eq=False)
+class KernelOp:
+    """An operation with a reference body and kernels that replace it where they win.
+
+    The reference is pure Array API, complete, and the specification. Used as a decorator on it;
+    `checks` decorates the function that validates arguments before anything is chosen.
+    """
+
+    reference: Callable[..., Array]
+    implementations: list[Implementation] = field(default_factory=list)
+    _check: Callable[..., None] | None = None
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.reference)
+
+    @property
+    def name(self) -> str:
+        """Name of the reference function."""
+        return self.reference.__name__
+
+    def checks(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Decorate the function that validates the op's arguments."""
+        self._check = function
+        return function
+
+    def register(
+        self, backend: str, path: str, *, accepts: Condition = ALWAYS, wins: Condition = ALWAYS
+    ) -> None:
+        """Add a kernel at ``"module:function"`` with the op's signature.
+
+        `accepts` says what the kernel can do, `wins` where a benchmark showed it to be faster.
+        """
+        self.implementations.append(Implementation(backend, path, accepts, wins))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        if self._check is not None:
+            self._check(*args, **kwargs)
+        return self._choose(args, kwargs)[0](*args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """Which implementation would run on these arguments, and why."""
+        if self._check is not None:
+            self._check(*args, **kwargs)
+        return f"{self.name}: {self._choose(args, kwargs)[1]()}"
+
+    def _choose(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Array], Callable[[], str]]:
+        forced = _forced.get()
+        if forced == REFERENCE:
+            return self.reference, lambda: "reference, because `use_backend` asks for it"
+        candidate, refusal = self._candidate(args[0])
+        if forced is not None and (candidate is None or candidate.backend != forced):
+            raise ValueError(
+                f"`use_backend({forced!r})` cannot serve `{self.name}` here: {refusal or 'the '}"
+                f"{'' if candidate is None else f'arrays are served by {candidate.backend!r}'}. "
+                "Use `use_backend('reference')`, or none."
+            )
+        if candidate is None:
+            return self.reference, lambda: f"reference, because {refusal}"
+        backend = candidate.backend
+        if not candidate.accepts.holds(*args, **kwargs):
+            if forced is not None:
+                raise ValueError(
+                    f"`use_backend({forced!r})` cannot serve this call of `{self.name}`: "
+                    f"the kernel takes {candidate.accepts.words}."
+                )
+            words = candidate.accepts.words
+            return self.reference, lambda: f"reference, because the {backend} kernel takes {words}"
+        if forced is not None:
+            return candidate.function, lambda: f"{backend}, because `use_backend` asks for it"
+        words = candidate.wins.words
+        if candidate.wins.holds(*args, **kwargs):
+            return candidate.function, lambda: f"{backend}, which was measured to win for {words}"
+        return (
+            self.reference,
+            lambda: f"reference, because {backend} was measured to win only for {words}",
+        )
+
+    def _candidate(self, x: Array) -> tuple[Implementation | None, str]:
+        backend, refusal = _kernel_backend(x)
+        for implementation in self.implementations:
+            if implementation.backend == backend:
+                return implementation, ""
+        return None, refusal or f"there is no {backend} kernel for it"
+
+
+def explain(op: KernelOp, *args: Any, **kwargs: Any) -> str:
+    """Say which implementation of `op` would run on these arguments, and why.
+
+    >>> import numpy as np, kfac_xp
+    >>> x = np.ones((4, 3), dtype=np.float32)
+    >>> print(kfac_xp.explain(kfac_xp.squared_outer, x, x))  # doctest: +ELLIPSIS
+    squared_outer: reference, because ...
+    """
+    return op.explain(*args, **kwargs)
+
+
+def _kernel_backend(x: Array) -> tuple[str | None, str]:
+    """The backend whose kernels take `x`, or None and the reason why there is none."""
+    if array_api_compat.is_numpy_array(x):
+        return "numba", ""
+    if array_api_compat.is_cupy_array(x):
+        refusal = _why_no_cuda()
+        return (None, refusal) if refusal else ("cuda", "")
+    return None, f"{library_of(x)} arrays have no kernels"
+
+
+@functools.cache
+def _why_no_cuda() -> str:
+    """Why Numba cannot launch CUDA kernels here; empty if it can."""
+    from numba import config, cuda
+
+    if config.ENABLE_CUDASIM:  # the simulator claims to be available
+        return "Numba runs its CUDA simulator"
+    return "" if cuda.is_available() else "Numba finds no CUDA device or toolkit"

@@ -1,0 +1,169 @@
+"""Where a convolution filter is applied: padding, output size, locations. Integers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Padding = str | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The geometry of a convolution over any number of spatial axes.
+
+    Hashable, and the same for every batch: sizes of images enter through the methods.
+
+    Parameters
+    ----------
+    kernel
+        Filter size along each spatial axis.
+    strides, dilation
+        One positive int per spatial axis.
+    padding
+        ``"SAME"``, ``"VALID"``, or a pair ``(before, after)`` of non-negative ints per axis.
+        ``"SAME"`` gives ``ceil(size / stride)`` outputs and puts the odd zero after, as
+        TensorFlow does.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+
+    @classmethod
+    def create(
+        cls,
+        kernel: Sequence[int],
+        strides: Sequence[int] | None = None,
+        padding: Padding = "SAME",
+        dilation: Sequence[int] | None = None,
+    ) -> ConvGeometry:
+        """Check and normalise the arguments.
+
+        ``strides`` and ``dilation`` may be given for the spatial axes alone or, as TensorFlow
+        writes them, for all axes: ``(1, *spatial, 1)``. None means ones.
+
+        Raises
+        ------
+        ValueError
+            If a length does not fit the kernel, or a value is out of range.
+        """
+        kernel = _positive_ints("kernel", kernel)
+        if not kernel:
+            raise ValueError("`kernel` must have at least one spatial axis; got an empty shape.")
+        return cls(
+            kernel,
+            _spatial("strides", strides, len(kernel)),
+            _spatial("dilation", dilation, len(kernel)),
+            _normal_padding(padding, len(kernel)),
+        )
+
+    @property
+    def num_axes(self) -> int:
+        """Number of spatial axes."""
+        return len(self.kernel)
+
+    @property
+    def num_taps(self) -> int:
+        """Number of filter positions: ``prod(kernel)``."""
+        return math.prod(self.kernel)
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Reach of the dilated filter along each axis: ``(k - 1) * dilation + 1``."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    def output_shape(self, space: Sequence[int]) -> tuple[int, ...]:
+        """Spatial shape of the output for images of spatial shape `space`.
+
+        An axis on which the filter does not fit has size 0.
+        """
+        if isinstance(self.padding, str):
+            if self.padding == "SAME":
+                return tuple(-(-n // s) for n, s in zip(space, self.strides, strict=True))
+            pads: Sequence[tuple[int, int]] = ((0, 0),) * self.num_axes
+        else:
+            pads = self.padding
+        return tuple(
+            max(0, (n + before + after - reach) // s + 1)
+            for n, (before, after), reach, s in zip(
+                space, pads, self.extent, self.strides, strict=True
+            )
+        )
+
+    def pads(self, space: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Zeros before and after each axis of images of spatial shape `space`."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        if self.padding == "VALID":
+            return ((0, 0),) * self.num_axes
+        totals = (
+            max((out - 1) * s + reach - n, 0)
+            for n, out, s, reach in zip(
+                space, self.output_shape(space), self.strides, self.extent, strict=True
+            )
+        )
+        return tuple((total // 2, total - total // 2) for total in totals)
+
+    def num_locations(self, space: Sequence[int]) -> int:
+        """Number of positions at which the filter is applied: ``prod(output_shape(space))``."""
+        return math.prod(self.output_shape(space))
+
+
+def require_channels_last(data_format: str | None) -> None:
+    """Refuse a `data_format` whose channels are not the last axis.
+
+    Raises
+    ------
+    ValueError
+        If `data_format` is neither None nor a string that ends in "C".
+    """
+    if data_format is not None and not str(data_format).endswith("C"):
+        raise ValueError(
+            "`data_format` must be None or name a format with the channels last, such as 'NHWC'; "
+            f"got {data_format!r}. Move the channel axis to the end before passing arrays."
+        )
+
+
+def _positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    ints = tuple(int(v) for v in values)
+    if any(v != given or v < 1 for v, given in zip(ints, values, strict=True)):
+        raise ValueError(f"`{name}` must hold positive ints; got {tuple(values)}.")
+    return ints
+
+
+def _spatial(name: str, values: Sequence[int] | None, num_axes: int) -> tuple[int, ...]:
+    if values is None:
+        return (1,) * num_axes
+    ints = _positive_ints(name, values)
+    if len(ints) == num_axes + 2:
+        if ints[0] != 1 or ints[-1] != 1:
+            raise ValueError(
+                f"`{name}` over all axes must be 1 for the batch and the channels; got {ints}."
+            )
+        return ints[1:-1]
+    if len(ints) != num_axes:
+        raise ValueError(
+            f"`{name}` must have {num_axes} entries (one per spatial axis of the filter) or "
+            f"{num_axes + 2} (with the batch and the channels); got {ints}."
+        )
+    return ints
+
+
+def _normal_padding(padding: Padding, num_axes: int) -> str | tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            raise ValueError(
+                "`padding` must be 'SAME', 'VALID' or a pair (before, after) per spatial axis; "
+                f"got {padding!r}."
+            )
+        return padding.upper()
+    pairs = tuple(tuple(int(p) for p in pair) for pair in padding)
+    if len(pairs) != num_axes or any(len(p) != 2 or min(p) < 0 for p in pairs):
+        raise ValueError(
+            f"`padding` must be 'SAME', 'VALID' or {num_axes} pairs (before, after) of "
+            f"non-negative ints, one per spatial axis; got {padding!r}."
+        )
+    return tuple((before, after) for before, after in pairs)

@@ -1,0 +1,219 @@
+"""Second moments and decompositions of symmetric matrices: pure functions of arrays."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Literal
+
+import array_api_compat
+
+from kfac_xp.backend import array_namespace, device_of, library_of
+from kfac_xp.typing import Array, Scalar
+
+InverseMethod = Literal["cholesky", "matrix_inverse", "eig"]
+
+
+def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = None) -> Array:
+    """Second moment of rows, not centred: ``x.T @ x / normalizer``, exactly symmetric.
+
+    Parameters
+    ----------
+    x : shape [N, d]
+    y : shape [N, e], optional
+        With it the result is ``x.T @ y / normalizer``, shape [d, e], not symmetrised.
+    normalizer
+        What the sum over rows is divided by; N if not given.
+    """
+    xp = array_namespace(x)
+    n = x.shape[0] if normalizer is None else normalizer
+    # Both operands are the same buffer, so that NumPy's matmul takes the symmetric rank-k update:
+    # half the work of a general product.
+    cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y) / n
+    return symmetrized(cov) if y is None else cov
+
+
+def symmetrized(x: Array) -> Array:
+    """``(x + x.T) / 2``: removes the asymmetry that a general matrix product's rounding leaves."""
+    return (x + array_namespace(x).matrix_transpose(x)) / 2
+
+
+def append_homog(x: Array, homog_value: float = 1.0) -> Array:
+    """Append one entry to the last axis: the homogeneous coordinate that stands for a bias."""
+    xp = array_namespace(x)
+    ones = xp.full((*x.shape[:-1], 1), homog_value, dtype=x.dtype, device=device_of(x))
+    return xp.concat([x, ones], axis=-1)
+
+
+def kron(a: Array, b: Array) -> Array:
+    """Kronecker product of two matrices."""
+    xp = array_namespace(a, b)
+    (m, n), (p, q) = a.shape, b.shape
+    return xp.reshape(a[:, None, :, None] * b[None, :, None, :], (m * p, n * q))
+
+
+def identity_like(x: Array) -> Array:
+    """Identity of the size, dtype and device of the square matrix `x`."""
+    return array_namespace(x).eye(x.shape[0], dtype=x.dtype, device=device_of(x))
+
+
+def add_to_diagonal(x: Array, damping: Scalar) -> Array:
+    """``x + damping * I``."""
+    return x + damping * identity_like(x)
+
+
+def psd_eigh(x: Array, clip: float | None = 0.0) -> tuple[Array, Array]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
+
+    Eigenvalues below `clip` become `clip`: those of a second moment are not negative, and where
+    rounding makes them so, a fractional power would be NaN. None leaves them as they are.
+    Both results are NaN where the decomposition does not converge.
+    """
+    xp = array_namespace(x)
+    try:
+        with _no_waiting(x):
+            w, v = xp.linalg.eigh(x)
+    except Exception as error:
+        if not _is_linalg_error(error):
+            raise
+        v = xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x))
+        return v[0, :], v
+    # A maximum against a Python scalar is not in the oldest standard that is served here.
+    return (w if clip is None else xp.where(w < clip, xp.full_like(w, clip), w)), v
+
+
+def eigen_power(w: Array, v: Array, exp: float, damping: Scalar) -> Array:
+    """``V diag((w + damping) ** exp) V.T``, symmetric."""
+    xp = array_namespace(w, v)
+    return symmetrized(xp.matmul(v * (w + damping) ** exp, xp.matrix_transpose(v)))
+
+
+def cholesky(x: Array, damping: Scalar = 0.0) -> Array:
+    """Lower Cholesky factor of ``x + damping * I``; NaN if that is not positive definite.
+
+    Libraries report the failure differently (an exception, NaN, nothing); here it is NaN
+    everywhere, or garbage in CuPy, which waits for the device when asked to check. Callers look
+    at a residual.
+    """
+    xp = array_namespace(x)
+    damped = add_to_diagonal(x, damping)
+    if array_api_compat.is_torch_array(x):
+        import torch
+
+        factor, info = torch.linalg.cholesky_ex(damped)
+        return torch.where(info == 0, factor, torch.full_like(factor, torch.nan))
+    try:
+        with _no_waiting(x):
+            return xp.linalg.cholesky(damped)
+    except Exception as error:
+        if not _is_linalg_error(error):
+            raise
+        return xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x))
+
+
+def inverse_lower(factor: Array) -> Array:
+    """Inverse of a lower triangular matrix, by the library's triangular solver if it has one."""
+    xp, eye = array_namespace(factor), identity_like(factor)
+    if array_api_compat.is_torch_array(factor):
+        import torch
+
+        return torch.linalg.solve_triangular(factor, eye, upper=False)
+    solve = _triangular_solver(library_of(factor))
+    if solve is not None:
+        return solve(factor, eye, lower=True)
+    try:
+        return xp.linalg.solve(factor, eye)
+    except Exception as error:
+        if not _is_linalg_error(error):
+            raise
+        return factor * xp.nan
+
+
+def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Array:
+    """Inverse of ``x + damping * I`` for a symmetric positive semidefinite `x`.
+
+    ``"cholesky"`` inverts the Cholesky factor, ``"matrix_inverse"`` calls the library's general
+    inverse, ``"eig"`` uses an eigendecomposition without clipping. Not finite on failure.
+
+    Raises
+    ------
+    ValueError
+        If `method` is none of these.
+    """
+    xp = array_namespace(x)
+    if method == "cholesky":
+        inverse_factor = inverse_lower(cholesky(x, damping))
+        return symmetrized(xp.matmul(xp.matrix_transpose(inverse_factor), inverse_factor))
+    if method == "matrix_inverse":
+        try:
+            with _no_waiting(x):
+                return symmetrized(xp.linalg.inv(add_to_diagonal(x, damping)))
+        except Exception as error:
+            if not _is_linalg_error(error):
+                raise
+            return x * xp.nan
+    if method == "eig":
+        return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
+    raise ValueError(
+        f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}."
+    )
+
+
+def inverse_residual(x: Array, inverse: Array, damping: Scalar) -> Array:
+    """Largest entry of ``(x + damping I) inverse p - p`` for one fixed vector `p` of size 1.
+
+    A probe, in O(n^2): it tells a working inverse from a failed one without a matrix product.
+    """
+    xp = array_namespace(x, inverse)
+    index = xp.arange(x.shape[0], dtype=x.dtype, device=device_of(x))
+    probe = xp.cos(index * index)[:, None]
+    image = xp.matmul(inverse, probe)
+    return xp.max(xp.abs(xp.matmul(x, image) + damping * image - probe))
+
+
+def one_norm(x: Array) -> Array:
+    """Largest column sum of absolute values."""
+    xp = array_namespace(x)
+    return xp.max(xp.sum(xp.abs(x), axis=0))
+
+
+def has_float64(x: Array) -> bool:
+    """True if the array's library and device compute in float64."""
+    xp = array_namespace(x)
+    if array_api_compat.is_jax_array(x):
+        import jax
+
+        return bool(jax.config.jax_enable_x64)
+    try:
+        xp.zeros((), dtype=xp.float64, device=device_of(x))
+    except Exception:
+        return False
+    return True
+
+
+@functools.cache
+def _triangular_solver(library: str) -> Callable[..., Array] | None:
+    """The triangular solver that goes with a library's arrays, or None."""
+    home = {"numpy": "scipy", "cupy": "cupyx.scipy", "jax": "jax.scipy"}.get(library)
+    if home is None or find_spec(home.partition(".")[0]) is None:
+        return None
+    solve = importlib.import_module(f"{home}.linalg").solve_triangular
+    # SciPy and CuPy look for NaN first unless told not to; on a device that would wait for it.
+    return solve if library == "jax" else functools.partial(solve, check_finite=False)
+
+
+def _is_linalg_error(error: Exception) -> bool:
+    """True for the exception by which a library says that a decomposition failed."""
+    return any("LinAlgError" in kind.__name__ for kind in type(error).__mro__)
+
+
+def _no_waiting(x: Array) -> AbstractContextManager[None]:
+    """Context in which CuPy does not wait for the device to see whether a solver failed."""
+    if array_api_compat.is_cupy_array(x):
+        import cupyx
+
+        return cupyx.errstate(linalg="ignore")
+    return nullcontext()

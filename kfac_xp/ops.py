@@ -1,0 +1,248 @@
+"""Operations on arrays that kernels may replace: patches and squared outer products.
+
+Each op is its Array API reference; the registrations below name the kernels. Ops return sums over
+cases; dividing by the number of cases is the business of ``moments``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from kfac_xp.backend import (
+    Condition,
+    KernelOp,
+    array_namespace,
+    as_statistics,
+    device_of,
+    require_one_place,
+)
+from kfac_xp.geometry import ConvGeometry
+from kfac_xp.linalg import append_homog
+from kfac_xp.typing import Array
+
+# Per-case gradients held at a time by the references, in elements: small enough for the cache,
+# large enough that one matrix product per chunk is worth its call.
+_CHUNK_ELEMENTS = 2**20
+
+
+@KernelOp
+def extract_patches(inputs: Array, geometry: ConvGeometry) -> Array:
+    """Image patches under a convolution filter, one row per location.
+
+    ``patches[n, *o, (tap, c)] = padded[n, *(o * strides + tap * dilation), c]``, with zeros where
+    a patch reaches over the border; taps are in row-major order, channels innermost, as in a
+    kernel ``[*kernel, C_in, C_out]`` reshaped to ``[-1, C_out]``.
+
+    Parameters
+    ----------
+    inputs : shape [N, *space, C_in]
+        Images of any number of spatial axes, channels last.
+    geometry
+        Filter, strides, dilation and padding, for the same number of axes.
+
+    Returns
+    -------
+    Array of shape [N, *out, prod(kernel) * C_in].
+
+    Raises
+    ------
+    ValueError
+        If `inputs` does not have ``geometry.num_axes`` spatial axes.
+    """
+    xp = array_namespace(inputs)
+    num_cases, *space, channels = inputs.shape
+    out = geometry.output_shape(space)
+    padded = _pad(inputs, geometry.pads(space))
+    views = [
+        padded[
+            (
+                slice(None),
+                *(
+                    slice(tap * d, tap * d + s * (o - 1) + 1 if o else tap * d, s)
+                    for tap, d, s, o in zip(
+                        taps, geometry.dilation, geometry.strides, out, strict=True
+                    )
+                ),
+                slice(None),
+            )
+        ]
+        for taps in itertools.product(*(range(k) for k in geometry.kernel))
+    ]
+    return xp.reshape(xp.stack(views, axis=-2), (num_cases, *out, geometry.num_taps * channels))
+
+
+@KernelOp
+def squared_outer(rows: Array, grads: Array) -> Array:
+    """Sum over cases of the elementwise square of each case's sum of outer products.
+
+    ``out[d, c] = sum_n (sum_t rows[n, t, d] * grads[n, t, c]) ** 2``: the diagonal of the
+    uncentred second moment of per-case gradients, before division by the number of cases.
+
+    Parameters
+    ----------
+    rows : shape [N, D] or [N, T, D]
+        Layer inputs, or patches with one row per location.
+    grads : shape [N, C] or [N, T, C]
+        Gradients of the preactivations, with as many axes as `rows`.
+
+    Returns
+    -------
+    Array of shape [D, C], in at least float32.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not agree in N (and T), or the arrays are on several devices.
+    TypeError
+        If the arrays belong to several libraries.
+    """
+    xp = array_namespace(rows, grads)
+    rows, grads = as_statistics(rows), as_statistics(grads)
+    if rows.ndim == 2 or rows.shape[1] == 1:
+        # With one location the square of an outer product is the outer product of the squares,
+        # and the sum over cases a matrix product.
+        flat_rows = xp.reshape(rows, (-1, rows.shape[-1]))
+        flat_grads = xp.reshape(grads, (-1, grads.shape[-1]))
+        return xp.matmul(xp.matrix_transpose(flat_rows * flat_rows), flat_grads * flat_grads)
+    num_cases, _, d = rows.shape
+    c = grads.shape[-1]
+    total = xp.zeros((d, c), dtype=rows.dtype, device=device_of(rows))
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, d * c))
+    for start in range(0, num_cases, chunk):
+        stop = start + chunk
+        case_grads = xp.matmul(xp.matrix_transpose(rows[start:stop, :, :]), grads[start:stop, :, :])
+        total = total + xp.sum(case_grads * case_grads, axis=0)
+    return total
+
+
+@KernelOp
+def conv_squared_outer(
+    inputs: Array,
+    outputs_grad: Array,
+    geometry: ConvGeometry,
+    *,
+    has_bias: bool = False,
+    patch_mask: Array | None = None,
+) -> Array:
+    """`squared_outer` of a convolution layer's patches, made from the layer's inputs.
+
+    ``out = sum_n (sum_t outer(patch[n, t], outputs_grad[n, t])) ** 2``. Patches and per-case
+    gradients exist for a few cases at a time only.
+
+    Parameters
+    ----------
+    inputs : shape [N, *space, C_in]
+    outputs_grad : shape [N, *out, C_out]
+        Gradients of the preactivations; ``out = geometry.output_shape(space)``.
+    geometry
+        Filter, strides, dilation and padding.
+    has_bias
+        Append a 1 to each patch, so that the last row of the result belongs to the bias.
+    patch_mask : shape [*kernel, C_in]
+        Multiplies each patch (before the 1 is appended).
+
+    Returns
+    -------
+    Array of shape [prod(kernel) * C_in (+ 1), C_out], in at least float32.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not follow from the others, or the arrays are on several devices.
+    TypeError
+        If the arrays belong to several libraries.
+    """
+    xp = array_namespace(inputs, outputs_grad)
+    inputs, grads = as_statistics(inputs), as_statistics(outputs_grad)
+    num_cases, *space, channels = inputs.shape
+    c_out = grads.shape[-1]
+    d = geometry.num_taps * channels
+    num_locations = geometry.num_locations(space)
+    grads = xp.reshape(grads, (num_cases, num_locations, c_out))
+    mask = None if patch_mask is None else xp.reshape(as_statistics(patch_mask), (d,))
+    total = xp.zeros((d + has_bias, c_out), dtype=inputs.dtype, device=device_of(inputs))
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, d * max(c_out, num_locations)))
+    for start in range(0, num_cases, chunk):
+        stop = min(start + chunk, num_cases)
+        batch = inputs[(slice(start, stop), *(slice(None),) * (inputs.ndim - 1))]
+        patches = extract_patches.reference(batch, geometry)
+        patches = xp.reshape(patches, (stop - start, num_locations, d))
+        if mask is not None:
+            patches = patches * mask
+        if has_bias:
+            patches = append_homog(patches)
+        total = total + squared_outer.reference(patches, grads[start:stop, :, :])
+    return total
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+@extract_patches.checks
+def _check_extract_patches(inputs: Array, geometry: ConvGeometry) -> None:
+    require_one_place(inputs=inputs)
+    require_images("inputs", inputs, geometry)
+
+
+@squared_outer.checks
+def _check_squared_outer(rows: Array, grads: Array) -> None:
+    require_one_place(rows=rows, grads=grads)
+    if rows.ndim not in (2, 3) or grads.ndim != rows.ndim or rows.shape[:-1] != grads.shape[:-1]:
+        raise ValueError(
+            "`rows` and `grads` must have shapes [N, D] and [N, C], or [N, T, D] and [N, T, C]; "
+            f"got {tuple(rows.shape)} and {tuple(grads.shape)}."
+        )
+
+
+@conv_squared_outer.checks
+def _check_conv_squared_outer(
+    inputs: Array,
+    outputs_grad: Array,
+    geometry: ConvGeometry,
+    *,
+    has_bias: bool = False,
+    patch_mask: Array | None = None,
+) -> None:
+    masks = {} if patch_mask is None else {"patch_mask": patch_mask}
+    require_one_place(inputs=inputs, outputs_grad=outputs_grad, **masks)
+    require_images("inputs", inputs, geometry)
+    leading = (inputs.shape[0], *geometry.output_shape(inputs.shape[1:-1]))
+    if outputs_grad.ndim != inputs.ndim or tuple(outputs_grad.shape[:-1]) != leading:
+        raise ValueError(
+            f"`outputs_grad` must have shape {[*leading, 'C_out']}, as follows from `inputs` of "
+            f"shape {tuple(inputs.shape)} and {geometry}; got {tuple(outputs_grad.shape)}."
+        )
+    mask_shape = (*geometry.kernel, inputs.shape[-1])
+    if patch_mask is not None and tuple(patch_mask.shape) != mask_shape:
+        raise ValueError(
+            f"`patch_mask` must have the shape of a filter without its outputs, {mask_shape}; "
+            f"got {tuple(patch_mask.shape)}."
+        )
+
+
+def require_images(name: str, images: Array, geometry: ConvGeometry) -> None:
+    """Raise ValueError unless `images` is ``[N, *space, C]`` with the geometry's spatial axes."""
+    if images.ndim != geometry.num_axes + 2:
+        axes = ["N", *(f"size_{i}" for i in range(geometry.num_axes)), "C"]
+        raise ValueError(
+            f"`{name}` must have shape [{', '.join(axes)}] for a filter with "
+            f"{geometry.num_axes} spatial axes; got shape {tuple(images.shape)}."
+        )
+
+
+def _pad(images: Array, pads: tuple[tuple[int, int], ...]) -> Array:
+    """Zeros before and after each spatial axis."""
+    xp = array_namespace(images)
+    for axis, widths in enumerate(pads, start=1):
+        if any(widths):
+            before, after = (
+                xp.zeros(
+                    (*images.shape[:axis], width, *images.shape[axis + 1 :]),
+                    dtype=images.dtype,
+                    device=device_of(images),
+                )
+                for width in widths
+            )
+            images = xp.concat([before, images, after], axis=axis)
+    return images

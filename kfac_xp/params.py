@@ -1,0 +1,83 @@
+"""Parameters as matrices and columns: the bases in which blocks are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kfac_xp.backend import array_namespace, require_one_place
+from kfac_xp.typing import Array, Params
+
+
+def layer_params_to_mat2d(params: Params) -> Array:
+    """A layer's parameters, or a vector like them, as a matrix [d_in (+ 1), d_out].
+
+    A kernel ``[..., d_in, d_out]`` keeps its last axis and merges the others row-major, so a
+    convolution's rows are taps, then input channels. A bias becomes the last row.
+    """
+    kernel, bias = _split(params)
+    xp = array_namespace(kernel)
+    mat = xp.reshape(kernel, (-1, kernel.shape[-1]))
+    return mat if bias is None else xp.concat([mat, xp.reshape(bias, (1, -1))], axis=0)
+
+
+def mat2d_to_layer_params(template: Params, mat: Array) -> Params:
+    """Inverse of `layer_params_to_mat2d`; `template` gives the shapes."""
+    kernel, bias = _split(template)
+    xp = array_namespace(mat)
+    if bias is None:
+        return xp.reshape(mat, tuple(kernel.shape))
+    return xp.reshape(mat[:-1, :], tuple(kernel.shape)), xp.reshape(mat[-1, :], tuple(bias.shape))
+
+
+def tensors_to_column(tensors: Params | Sequence[Array]) -> Array:
+    """Arrays raveled row-major and concatenated: shape [n, 1]."""
+    arrays = tensors if isinstance(tensors, (tuple, list)) else (tensors,)
+    xp = array_namespace(*arrays)
+    return xp.concat([xp.reshape(a, (-1, 1)) for a in arrays], axis=0)
+
+
+def column_to_tensors(template: Params | Sequence[Array], column: Array) -> Params:
+    """Inverse of `tensors_to_column`; `template` gives the shapes."""
+    xp = array_namespace(column)
+    if not isinstance(template, (tuple, list)):
+        return xp.reshape(column, tuple(template.shape))
+    pieces, start = [], 0
+    for like in template:
+        size = 1
+        for n in like.shape:
+            size *= n
+        pieces.append(xp.reshape(column[start : start + size, :], tuple(like.shape)))
+        start += size
+    return tuple(pieces)
+
+
+def require_like(name: str, vector: Params, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Raise ValueError unless `vector` holds arrays of these shapes (one, or kernel and bias)."""
+    arrays = vector if isinstance(vector, (tuple, list)) else (vector,)
+    given = tuple(tuple(a.shape) for a in arrays)
+    if given != shapes:
+        wanted = " and ".join(map(str, shapes))
+        form = "a tuple (kernel, bias) of shapes" if len(shapes) > 1 else "an array of shape"
+        raise ValueError(
+            f"`{name}` must be {form} {wanted}, as the layer's parameters are; "
+            f"got {' and '.join(map(str, given))}."
+        )
+    require_one_place(**{f"{name}[{i}]": a for i, a in enumerate(arrays)})
+
+
+def param_shapes(params: Params) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a layer's parameters: one for a kernel, two for (kernel, bias)."""
+    arrays = params if isinstance(params, (tuple, list)) else (params,)
+    return tuple(tuple(a.shape) for a in arrays)
+
+
+def _split(params: Params) -> tuple[Array, Array | None]:
+    """The kernel, and the bias or None."""
+    if isinstance(params, (tuple, list)):
+        kernel, *rest = params
+        if len(rest) > 1:
+            raise ValueError(
+                f"a layer's parameters are a kernel or (kernel, bias); got {len(params)} arrays."
+            )
+        return kernel, rest[0] if rest else None
+    return params, None
