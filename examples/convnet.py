@@ -74,13 +74,10 @@ class ConvNet:
         rng = np.random.default_rng(seed)
         params = {}
         for layer in self.layers:
-            scale = 1 / math.sqrt(math.prod(layer.kernel_shape[:-1]))
-            kernel = scale * rng.standard_normal(layer.kernel_shape)
-            bias = np.zeros(layer.kernel_shape[-1])
-            params[layer.name] = (
-                xp.asarray(kernel, dtype=dtype, device=device),
-                xp.asarray(bias, dtype=dtype, device=device),
-            )
+            *inputs, channels = layer.kernel_shape
+            kernel = rng.standard_normal(layer.kernel_shape) / math.sqrt(math.prod(inputs))
+            pair = (kernel, np.zeros(channels))
+            params[layer.name] = tuple(xp.asarray(a, dtype=dtype, device=device) for a in pair)
         return params
 
     def linearize(self, params: Params, images: Array) -> Linearization:
@@ -91,12 +88,8 @@ class ConvNet:
 class Linearization:
     """The network near one point of parameter space, on one batch.
 
-    Attributes
-    ----------
-    outputs
-        The logits, [N, 10].
-    layer_inputs
-        {layer name: what it got}: [N, H, W, C_in] for a convolution, [N, d_in] if dense.
+    `outputs` are the logits, [N, 10]; `layer_inputs` has what each layer got, by name:
+    [N, H, W, C_in] for a convolution, [N, d_in] for a dense layer.
     """
 
     def __init__(self, layers: tuple[Conv | Dense, ...], params: Params, images: Array) -> None:
@@ -105,11 +98,12 @@ class Linearization:
         self._matrices = {name: as_matrix(kernel) for name, (kernel, _) in params.items()}
         self._inputs: dict[str, Array] = {}  # each layer's input, before any flattening
         self._rows: dict[str, Array] = {}  # the same, cut: [..., d_in]
+        s = None
         for layer in layers:
-            name = layer.name
-            x = images if layer is layers[0] else xp.tanh(s)
-            self._inputs[name], self._rows[name] = x, layer.cut(x)
-            s = multiply(self._rows[name], self._matrices[name]) + params[name][1]
+            x = images if s is None else xp.tanh(s)
+            rows = layer.cut(x)
+            s = multiply(rows, self._matrices[layer.name]) + params[layer.name][1]
+            self._inputs[layer.name], self._rows[layer.name] = x, rows
         self.outputs = s
         self.layer_inputs = {
             y.name: (self._rows if isinstance(y, Dense) else self._inputs)[y.name] for y in layers
@@ -123,6 +117,7 @@ class Linearization:
         Returns the gradients of the parameters, summed over the cases (None unless `parameters`),
         and {layer name: gradient of the preactivations s}, each in the shape of the layer's output.
         """
+        xp = array_namespace(cotangents)
         gradients: dict[str, tuple[Array, Array]] = {}
         preactivation_gradients: dict[str, Array] = {}
         ds = cotangents
@@ -130,7 +125,9 @@ class Linearization:
             name = layer.name
             preactivation_gradients[name] = ds
             if parameters:
-                gradients[name] = self._layer_gradient(layer, ds)
+                rows, columns = as_matrix(self._rows[name]), as_matrix(ds)
+                kernel = xp.reshape(rows.T @ columns, layer.kernel_shape)
+                gradients[name] = (kernel, xp.sum(columns, axis=0))
             if layer is not self.layers[0]:
                 x = self._inputs[name]  # tanh of the preactivations below
                 ds = (1 - x * x) * layer.paste(multiply(ds, self._matrices[name].T), x.shape)
@@ -140,31 +137,23 @@ class Linearization:
         """Change of the logits, [N, 10], as the parameters move by `tangent`."""
         ds = None
         for layer in self.layers:
-            name = layer.name
-            kernel, bias = tangent[name]
-            moved = multiply(self._rows[name], as_matrix(kernel)) + bias
-            if ds is None:  # the images stay where they are
-                ds = moved
-            else:
-                x = self._inputs[name]
-                ds = moved + multiply(layer.cut((1 - x * x) * ds), self._matrices[name])
+            x, rows = self._inputs[layer.name], self._rows[layer.name]
+            kernel, bias = tangent[layer.name]
+            moved = multiply(rows, as_matrix(kernel)) + bias
+            if ds is not None:  # the images stay where they are, the other inputs move
+                dx = (1 - x * x) * ds
+                moved = moved + multiply(layer.cut(dx), self._matrices[layer.name])
+            ds = moved
         return ds
-
-    def _layer_gradient(self, layer: Conv | Dense, ds: Array) -> tuple[Array, Array]:
-        xp = array_namespace(ds)
-        ds = as_matrix(ds)
-        kernel = as_matrix(self._rows[layer.name]).T @ ds
-        return xp.reshape(kernel, layer.kernel_shape), xp.sum(ds, axis=0)
 
 
 def windows(x: Array, axis: int, size: int, stride: int) -> Array:
     """Put each window along `axis` (1 or 2, SAME padding) into the last axis: C -> size * C."""
-    xp = array_namespace(x)
     count, before, after = same_padding(x.shape[axis], size, stride)
     x = pad(x, axis, before, after)
     reach = (count - 1) * stride + 1
     taps = [take(x, axis, slice(k, k + reach, stride)) for k in range(size)]
-    return xp.concat(taps, axis=-1)
+    return array_namespace(x).concat(taps, axis=-1)
 
 
 def add_windows(x: Array, axis: int, size: int, stride: int, length: int) -> Array:
@@ -184,7 +173,7 @@ def add_windows(x: Array, axis: int, size: int, stride: int, length: int) -> Arr
 
 
 def same_padding(length: int, size: int, stride: int) -> tuple[int, int, int]:
-    """Number of windows, and zeros before and after; an odd zero goes after."""
+    """Count the windows, and the zeros before and after; an odd zero goes after."""
     count = -(-length // stride)
     zeros = max((count - 1) * stride + size - length, 0)
     return count, zeros // 2, zeros - zeros // 2
@@ -198,7 +187,7 @@ def pad(x: Array, axis: int, before: int, after: int) -> Array:
 
 
 def take(x: Array, axis: int, part: slice) -> Array:
-    """A slice of one axis."""
+    """Slice one axis."""
     return x[(slice(None),) * axis + (part, ...)]
 
 

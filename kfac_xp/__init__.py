@@ -6,4 +6,11 @@ from kfac_xp.geometry import ConvGeometry
 from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
 
 __version__ = "0.1.0"
-__all__ = ["ConvGeometry", "conv_squared_outer", "explain", "extract_patches", "squared_outer", "use_backend"]
+__all__ = [
+    "ConvGeometry",
+    "conv_squared_outer",
+    "explain",
+    "extract_patches",
+    "squared_outer",
+    "use_backend",
+]

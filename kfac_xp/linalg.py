@@ -157,9 +157,7 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
             return x * xp.nan
     if method == "eig":
         return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
-    raise ValueError(
-        f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}."
-    )
+    raise ValueError(f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}.")
 
 
 def inverse_residual(x: Array, inverse: Array, damping: Scalar) -> Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 
 from kfac_xp.backend import (
-    Condition,
     KernelOp,
     array_namespace,
     as_statistics,
@@ -109,8 +108,8 @@ def squared_outer(rows: Array, grads: Array) -> Array:
     total = xp.zeros((d, c), dtype=rows.dtype, device=device_of(rows))
     chunk = max(1, _CHUNK_ELEMENTS // max(1, d * c))
     for start in range(0, num_cases, chunk):
-        stop = start + chunk
-        case_grads = xp.matmul(xp.matrix_transpose(rows[start:stop, :, :]), grads[start:stop, :, :])
+        stop = min(start + chunk, num_cases)
+        case_grads = xp.matmul(xp.matrix_transpose(rows[start:stop, ...]), grads[start:stop, ...])
         total = total + xp.sum(case_grads * case_grads, axis=0)
     return total
 
@@ -164,14 +163,13 @@ def conv_squared_outer(
     chunk = max(1, _CHUNK_ELEMENTS // max(1, d * max(c_out, num_locations)))
     for start in range(0, num_cases, chunk):
         stop = min(start + chunk, num_cases)
-        batch = inputs[(slice(start, stop), *(slice(None),) * (inputs.ndim - 1))]
-        patches = extract_patches.reference(batch, geometry)
+        patches = extract_patches.reference(inputs[start:stop, ...], geometry)
         patches = xp.reshape(patches, (stop - start, num_locations, d))
         if mask is not None:
             patches = patches * mask
         if has_bias:
             patches = append_homog(patches)
-        total = total + squared_outer.reference(patches, grads[start:stop, :, :])
+        total = total + squared_outer.reference(patches, grads[start:stop, ...])
     return total
 
 
