@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kfac_xp.backend import array_namespace, as_number, device_of, is_readable
+from kfac_xp.backend import array_namespace, as_number, as_scalar_like, device_of, is_readable
 from kfac_xp.typing import Array, Scalar
 
 
@@ -55,7 +55,7 @@ class MovingAverage:
         such an update before (see `is_finite`).
         """
         weight = self.default_weight(decay) if weight is None else weight
-        decay, weight = as_number(decay), as_number(weight)
+        decay, weight = as_scalar_like(decay, new), as_scalar_like(weight, new)
         total = decay * self.total + weight * new
         total_weight = decay * self.weight + weight
         if not is_readable(new):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from kfac_xp.typing import Array, Namespace, Scalar
 
@@ -40,6 +41,17 @@ def array_namespace(*arrays: Array) -> Namespace:
 def library_of(x: Array) -> str:
     """Name of the array library of `x`: "numpy", "cupy", "torch", "jax", "array_api_strict", ..."""
     return array_namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Copy of an array's values on the host; a NumPy array is returned as it is."""
+    if array_api_compat.is_numpy_array(x):
+        return x
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    if array_api_compat.is_torch_array(x):
+        return x.detach().cpu().numpy()
+    return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
 
 
 def is_tracer(x: Array) -> bool:
@@ -93,6 +105,12 @@ def as_number(x: Scalar) -> Scalar:
     if isinstance(x, (int, float)) or array_api_compat.is_numpy_array(x):
         return float(x)
     return x
+
+
+def as_scalar_like(x: Scalar, like: Array) -> Scalar:
+    """`x` as a Python float, or as a 0-d array of the dtype of `like`: it widens nothing."""
+    x = as_number(x)
+    return x if isinstance(x, float) else array_namespace(like).astype(x, like.dtype, copy=False)
 
 
 def statistics_dtype(x: Array, dtype: Any = None) -> Any:
@@ -202,6 +220,7 @@ class KernelOp:
         self.implementations.append(Implementation(backend, path, accepts, wins))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """Check the arguments, choose an implementation and run it."""
         if self._check is not None:
             self._check(*args, **kwargs)
         return self._choose(args, kwargs)[0](*args, **kwargs)

@@ -7,14 +7,11 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Literal
 
 import array_api_compat
 
 from kfac_xp.backend import array_namespace, device_of, library_of
-from kfac_xp.typing import Array, Scalar
-
-InverseMethod = Literal["cholesky", "matrix_inverse", "eig"]
+from kfac_xp.typing import Array, InverseMethod, Scalar
 
 
 def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = None) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Array: TypeAlias = Any
 """An array of any library that follows the Array API standard."""
@@ -34,3 +34,8 @@ Towers: TypeAlias = Array | Iterable[Array]
 
 Sources: TypeAlias = Array | Iterable[Array | Iterable[Array]]
 """One array, a list over sources, or a list over sources of lists over towers."""
+
+InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig"]
+PiType: TypeAlias = Literal["tracenorm", "off"]
+Initial: TypeAlias = Literal["zeros", "identity"]
+TowerStrategy: TypeAlias = Literal["separate", "concat"]

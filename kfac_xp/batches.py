@@ -1,0 +1,167 @@
+"""Nested data normalised in one place: sources (several gradients) of towers (shards)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import array_api_compat
+
+from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.typing import Array, Sources, Towers
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """An array to come: what a factor that will be given its data later is made from.
+
+    Parameters
+    ----------
+    shape
+        Its shape, with None for an axis of any size.
+    like
+        An array of the library, dtype and device that it will have.
+    """
+
+    shape: tuple[int | None, ...]
+    like: Array
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+Bound: TypeAlias = list[list[Array | Placeholder]]
+"""Data over sources and towers."""
+
+
+def as_towers(name: str, value: Towers | Placeholder) -> list[Any]:
+    """One array per tower.
+
+    Raises
+    ------
+    TypeError
+        If something else than arrays is found.
+    ValueError
+        If there is no tower.
+    """
+    if _is_leaf(value):
+        return [value]
+    towers = list(_iterate(name, value))
+    if not towers:
+        raise ValueError(f"`{name}` must hold at least one array, one per tower; got none.")
+    for t, tower in enumerate(towers):
+        if not _is_leaf(tower):
+            raise TypeError(
+                f"`{name}[{t}]` must be an array: `{name}` is one array, or a list with one array "
+                f"per tower; got {type(tower).__name__}."
+            )
+    return towers
+
+
+def as_sources(name: str, value: Sources | Placeholder) -> Iterator[list[Any]]:
+    """One list of towers per source, made when it is asked for.
+
+    A flat list is sources, a list of lists is [source][tower]; any iterable serves, so that the
+    gradients of one source need exist only while they are consumed.
+    """
+    if _is_leaf(value):
+        yield [value]
+        return
+    for s, source in enumerate(_iterate(name, value)):
+        yield as_towers(f"{name}[{s}]", source)
+
+
+def bind(name: str, value: Sources | Placeholder) -> Bound:
+    """All sources of `value`, kept.
+
+    Raises
+    ------
+    ValueError
+        If there is no source, or sources have different numbers of towers.
+    """
+    bound = list(as_sources(name, value))
+    if not bound:
+        raise ValueError(f"`{name}` must hold at least one array; got an empty list.")
+    if len({len(towers) for towers in bound}) > 1:
+        raise ValueError(
+            f"`{name}` must have the same number of towers for every source; "
+            f"got {[len(towers) for towers in bound]}."
+        )
+    return bound
+
+
+def example_of(bound: Bound) -> Any:
+    """The first array or placeholder."""
+    return bound[0][0]
+
+
+def array_like(example: Array | Placeholder) -> Array:
+    """An array of the library, dtype and device of `example`."""
+    return example.like if isinstance(example, Placeholder) else example
+
+
+def concat_towers(towers: Sequence[Array]) -> Array:
+    """The towers joined along the batch."""
+    if len(towers) == 1:
+        return towers[0]
+    return array_namespace(*towers).concat(list(towers), axis=0)
+
+
+def split_towers(array: Array, sizes: Sequence[int]) -> list[Array]:
+    """Inverse of `concat_towers` for towers of these sizes."""
+    if len(sizes) == 1:
+        return [array]
+    ends = [sum(sizes[: t + 1]) for t in range(len(sizes))]
+    return [array[end - size : end, ...] for size, end in zip(sizes, ends, strict=True)]
+
+
+def require_shape(name: str, array: Array, shape: Sequence[int | str], why: str) -> None:
+    """Refuse an array whose shape does not follow `shape`: ints are fixed, names are free.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, what it must be, what it was. A batch without cases is refused too.
+    """
+    given = tuple(array.shape)
+    fits = len(given) == len(shape) and all(
+        isinstance(n, str) or n == g for n, g in zip(shape, given, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have shape [{', '.join(map(str, shape))}] {why}; got shape {given}."
+        )
+    if given[0] == 0:
+        raise ValueError(
+            f"`{name}` holds no cases: its shape is {given}. Skip the update for an empty batch."
+        )
+
+
+def require_same_place(name: str, array: Array, like: Array, whose: str) -> None:
+    """Refuse an array of another library (TypeError) or on another device (ValueError)."""
+    if array_namespace(array) is not array_namespace(like):
+        raise TypeError(
+            f"`{name}` is a {type(array).__module__}.{type(array).__qualname__}, but {whose} holds "
+            f"{type(like).__module__}.{type(like).__qualname__}. Convert it first, for example "
+            "with `xp.asarray`."
+        )
+    here, there = device_of(array), device_of(like)
+    if None not in (here, there) and str(here) != str(there):
+        raise ValueError(
+            f"`{name}` is on device {here}, but {whose} is on {there}. Move it there first."
+        )
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, Placeholder) or array_api_compat.is_array_api_obj(value)
+
+
+def _iterate(name: str, value: Any) -> Iterable[Any]:
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"`{name}` must be an array or a list of arrays; got {type(value).__name__}."
+        )
+    return value

@@ -1,0 +1,136 @@
+"""Blocks of dense layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfac_xp.fisher_blocks.base import DiagonalFB, FactorMaker, KroneckerProductFB
+from kfac_xp.fisher_factors import (
+    FisherFactor,
+    FullyConnectedDiagonalFactor,
+    FullyConnectedKroneckerFactor,
+)
+from kfac_xp.typing import Array
+
+
+class FullyConnectedKFACBasicFB(KroneckerProductFB):
+    """K-FAC FisherBlock for dense layers.
+
+    Estimates ``F(W) = kron(E[a a^T], E[ds ds^T])`` where a is the layer's input, with 1 appended
+    if there is a bias, and ``ds = (d / ds) log p(y | x, W)``.
+
+    Parameters
+    ----------
+    layer_collection
+        The collection that the block belongs to, or None.
+    has_bias
+        Whether the layer has a bias; vectors are then pairs (kernel, bias).
+    name, **options
+        As for `FisherBlock`.
+
+    References
+    ----------
+    Martens and Grosse (2015), arXiv:1503.05671, sections 3 and 6.3.
+    """
+
+    input_factor: FullyConnectedKroneckerFactor
+    output_factor: FullyConnectedKroneckerFactor
+
+    def __init__(
+        self,
+        layer_collection: FactorMaker | None,
+        has_bias: bool = False,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(layer_collection, name=name, **options)
+        self.has_bias = bool(has_bias)
+
+    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
+        """The moment of the input factor."""
+        towers = self._checked_inputs(inputs)
+        return {self.input_factor: self.input_factor.compute_new_cov(tensors=[towers])}
+
+    def source_moments(
+        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
+    ) -> dict[FisherFactor, Array]:
+        """The moment of the output factor."""
+        towers = self._checked_grads(inputs, outputs_grads, source)
+        return {self.output_factor: self.output_factor.compute_new_cov(tensors=[towers])}
+
+    def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
+        cls = FullyConnectedKroneckerFactor
+        self.input_factor = self._factor("input", cls, [inputs], self.has_bias)
+        self.output_factor = self._factor("output", cls, grads)
+
+    @property
+    def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
+        self._require_factors()
+        d_in, d_out = self.input_factor.moment.dimension, self.output_factor.moment.dimension
+        return ((d_in, d_out), (d_out,))[: 1 + self.has_bias]
+
+    def _input_pattern(self) -> tuple[int | str, ...]:
+        return ("N", self.input_factor.moment.dimension)
+
+    def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
+        return (inputs.shape[0], self.output_factor.moment.dimension)
+
+
+class FullyConnectedDiagonalFB(DiagonalFB):
+    """FisherBlock for dense layers with a diagonal approximation.
+
+    Estimates the diagonal of the Fisher as ``E[(a ds^T) ** 2]``, elementwise, over cases.
+
+    Parameters
+    ----------
+    layer_collection
+        The collection that the block belongs to, or None.
+    has_bias
+        Whether the layer has a bias; vectors are then pairs (kernel, bias).
+    name, **options
+        As for `FisherBlock`.
+    """
+
+    factor: FullyConnectedDiagonalFactor
+
+    def __init__(
+        self,
+        layer_collection: FactorMaker | None,
+        has_bias: bool = False,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(layer_collection, name=name, **options)
+        self.has_bias = bool(has_bias)
+
+    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
+        """Nothing: the diagonal needs the gradients."""
+        self._checked_inputs(inputs)
+        return {}
+
+    def source_moments(
+        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
+    ) -> dict[FisherFactor, Array]:
+        """The moment of the diagonal."""
+        xs = self._checked_inputs(inputs)
+        grads = self._checked_grads(inputs, outputs_grads, source)
+        moment = self.factor.compute_new_cov(inputs=xs, outputs_grads=[grads])
+        return {self.factor: moment}
+
+    def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
+        cls = FullyConnectedDiagonalFactor
+        self.factor = self._factor("diagonal", cls, inputs, grads, self.has_bias)
+
+    @property
+    def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
+        self._require_factors()
+        moment = self.factor.moment
+        return ((moment.d_in, moment.d_out), (moment.d_out,))[: 1 + self.has_bias]
+
+    def _input_pattern(self) -> tuple[int | str, ...]:
+        return ("N", self.factor.moment.d_in)
+
+    def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
+        return (inputs.shape[0], self.factor.moment.d_out)

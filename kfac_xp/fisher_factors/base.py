@@ -1,0 +1,473 @@
+"""What all factors share: bound data, the moving average, the powers served from it."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from kfac_xp.averages import MovingAverage, is_finite
+from kfac_xp.backend import array_namespace, as_statistics, device_of, statistics_dtype
+from kfac_xp.batches import (
+    Bound,
+    Placeholder,
+    array_like,
+    example_of,
+    require_same_place,
+    require_shape,
+)
+from kfac_xp.moments import Moment
+from kfac_xp.operators import LinearOperator
+from kfac_xp.options import FactorOptions
+from kfac_xp.representations import (
+    DampingKey,
+    Decomposition,
+    Dense,
+    Diagonal,
+    Representation,
+    Request,
+    refresh,
+)
+from kfac_xp.typing import Array, Damping, Scalar
+
+_counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+class FisherFactor(abc.ABC):
+    """A running second moment and the matrix powers served from it.
+
+    A factor is a *moment* (how one batch gives a second moment), a *moving average* of it, and a
+    *representation* (what powers mean for what is stored). One update adds the moments of all
+    sources, averages over towers, and takes one step of the average.
+
+    The arrays given to the constructor are the factor's bound data: they fix shapes, dtype,
+    library and device, and are what `make_covariance_update_op` reads. New data goes through
+    `update_cov`. All keyword arguments of `FactorOptions` are accepted.
+    """
+
+    representation: ClassVar[type[Representation]]
+
+    data_names: ClassVar[tuple[str, ...]]
+    """Names of the data arguments of the constructor and of `update_cov`."""
+
+    def __init__(
+        self,
+        moment: Moment,
+        data: dict[str, Bound],
+        options: FactorOptions,
+        name: str | None = None,
+    ) -> None:
+        example = example_of(data[self.data_names[0]])
+        like = array_like(example)
+        xp = array_namespace(like)
+        self.name = name or f"{type(self).__name__}_{next(_counters[type(self).__name__])}"
+        self.moment = moment
+        self.options = options
+        self._like = xp.zeros(
+            (), dtype=statistics_dtype(like, options.dtype), device=device_of(like)
+        )
+        self._data: dict[str, Bound] | None = data
+        self._average: MovingAverage | None = None
+        self._powers = self.representation(options)
+
+    # ------------------------------------------------------------------ statistics
+
+    def update_cov(
+        self, *, ema_decay: Scalar, ema_weight: Scalar | None = None, **data: Any
+    ) -> Array:
+        """Average in one batch and return the new covariance.
+
+        Parameters
+        ----------
+        ema_decay
+            Weight of the old average: ``total = ema_decay * total + ema_weight * new``.
+        ema_weight
+            Weight of the new moment; 1 with zero-debias, ``1 - ema_decay`` without.
+        **data
+            The constructor's data arguments by the same names and nesting; the bound data if none
+            are given.
+
+        Raises
+        ------
+        TypeError
+            If a name is not one of the constructor's, or arrays are of another library.
+        ValueError
+            If shapes do not fit the factor, or there are no cases.
+        FloatingPointError
+            If the moment is not finite and can be read for free; on other devices the update is
+            left out, and the next inverse update raises.
+        RuntimeError
+            If no data is given and none is bound.
+        """
+        new_cov = self.compute_new_cov(**data)
+        return self.update_average(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)
+
+    def compute_new_cov(self, **data: Any) -> Array:
+        """The moment of one batch: summed over sources, averaged over towers. Changes nothing."""
+        total = None
+        for towers in self._sources(**self._named(data)):
+            moments = [
+                self.moment(*(as_statistics(a, self._like.dtype) for a in arrays))
+                for arrays in towers
+            ]
+            mean = sum(moments[1:], start=moments[0]) / len(moments)
+            total = mean if total is None else total + mean
+        if total is None:
+            raise ValueError(f"`{self.data_names[-1]}` must hold at least one source; got none.")
+        return total
+
+    def require_finite(self, new_cov: Array) -> None:
+        """Raise FloatingPointError if `new_cov` can be read for free and is not finite."""
+        if not is_finite(new_cov):
+            raise FloatingPointError(
+                f"the statistics of {self.name} are not finite: its data "
+                f"({', '.join(f'`{n}`' for n in self.data_names)}) hold a NaN or an infinity, or "
+                "overflow when squared. The average is unchanged."
+            )
+
+    def update_average(
+        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
+    ) -> Array:
+        """Take one step of the moving average towards `new_cov` and return the covariance."""
+        self.require_finite(new_cov)
+        self.instantiate_cov_variables()
+        average = self._require_average()
+        average.update(new_cov, decay=ema_decay, weight=ema_weight)
+        return average.value
+
+    @property
+    def cov(self) -> Array:
+        """The running second moment, not centred.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first update, unless the average was given a start that may be read.
+        """
+        average = self._average
+        if average is None and self.options.initial != "zeros" and not self.options.zero_debias:
+            self.instantiate_cov_variables()
+            average = self._average
+        if average is None or not average.has_value:
+            raise RuntimeError(
+                f"{self.name} has no covariance yet. Call `update_cov`, or run the function that "
+                "`make_covariance_update_op` returns, first."
+            )
+        return average.value
+
+    def get_cov(self) -> Array:
+        """The running second moment: [n, n], or for a diagonal factor one entry per parameter.
+
+        (r1.8 returned the full matrix of a diagonal factor: that is
+        ``get_cov_as_linear_operator().to_dense()``.)
+        """
+        return self.cov
+
+    def get_cov_var(self) -> Array:
+        """As `get_cov`."""
+        return self.cov
+
+    def get_cov_vars(self) -> list[Array]:
+        """The arrays in which the average is kept."""
+        return [] if self._average is None else [self._average.total]
+
+    def get_cov_as_linear_operator(self) -> LinearOperator:
+        """The covariance of now, undamped, as an operator."""
+        return self._powers.operator(self.cov)
+
+    def instantiate_cov_variables(self) -> None:
+        """Allocate the average, if the first update has not done so."""
+        if self._average is None:
+            initial = self.representation.initial_cov(self.moment.shape, self.options, self._like)
+            self._average = MovingAverage(
+                initial,
+                zero_debias=self.options.zero_debias,
+                starts_defined=self.options.initial != "zeros",
+            )
+
+    instantiate_covariance = instantiate_cov_variables
+
+    def make_covariance_update_op(
+        self, ema_decay: Scalar, ema_weight: Scalar | None = None
+    ) -> Callable[[], Array]:
+        """A function that averages in the bound data and returns the new covariance."""
+        return lambda: self.update_cov(ema_decay=ema_decay, ema_weight=ema_weight)
+
+    # ------------------------------------------------------------------ powers
+
+    def register_matpower(self, exp: float, damping_func: Damping) -> None:
+        """Ask for ``(cov + damping * I) ** exp`` to be computed by every `update_inverses`.
+
+        Power 1 is always served fresh and needs no registration.
+
+        Parameters
+        ----------
+        exp
+            The power.
+        damping_func
+            A number, a 0-d array, or a function without arguments that returns one, called at
+            every inverse update. Equal numbers, equal functions and the same array are one
+            request.
+        """
+        self._powers.register(_matpower(exp, damping_func))
+
+    def register_inverse(self, damping_func: Damping) -> None:
+        """``register_matpower(-1, damping_func)``."""
+        self.register_matpower(-1, damping_func)
+
+    register_damped_inverse = register_inverse
+
+    def register_cholesky(self, damping_func: Damping) -> None:
+        """Ask for the lower Cholesky factor of ``cov + damping * I``."""
+        self._powers.register(Request("cholesky", 0.5, DampingKey(damping_func)))
+
+    def register_cholesky_inverse(self, damping_func: Damping) -> None:
+        """Ask for the inverse of that factor."""
+        self._powers.register(Request("cholesky_inverse", -0.5, DampingKey(damping_func)))
+
+    def instantiate_inv_variables(self) -> None:
+        """Let everything registered be read before the first refresh, as the identity."""
+        self._powers.instantiate(
+            self.representation.initial_cov(self.moment.shape, self.options, self._like)
+        )
+
+    def update_inverses(self) -> None:
+        """Recompute everything registered from the covariance and the dampings of now.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first covariance update, or if the damped covariance can be inverted in no
+            way and there is no earlier inverse to keep.
+        FloatingPointError
+            If statistics on a device were not finite since the last call.
+        """
+        refresh_factors([self])
+
+    def make_inverse_update_ops(self) -> list[Callable[[], None]]:
+        """Functions that together do what `update_inverses` does."""
+        return [self.update_inverses]
+
+    def get_matpower(self, exp: float, damping_func: Damping) -> LinearOperator:
+        """The registered power, as computed by the last `update_inverses`: possibly stale.
+
+        Power 1 is made from the covariance and the damping of now. ``np.asarray(op)`` or
+        ``op.to_dense()`` is the matrix that releases to r1.8 returned.
+
+        Raises
+        ------
+        RuntimeError
+            If it is not registered, or not computed yet.
+        """
+        return self._serve(_matpower(exp, damping_func))
+
+    def get_inverse(self, damping_func: Damping) -> LinearOperator:
+        """``get_matpower(-1, damping_func)``."""
+        return self.get_matpower(-1, damping_func)
+
+    get_damped_inverse = get_inverse
+
+    def get_cholesky(self, damping_func: Damping) -> LinearOperator:
+        """Lower factor L with ``L @ L.T = cov + damping * I``, as last computed."""
+        return self._serve(Request("cholesky", 0.5, DampingKey(damping_func)))
+
+    def get_cholesky_inverse(self, damping_func: Damping) -> LinearOperator:
+        """Inverse of the factor that `get_cholesky` returns, as last computed."""
+        return self._serve(Request("cholesky_inverse", -0.5, DampingKey(damping_func)))
+
+    def left_multiply_matpower(self, x: Array, exp: float, damping_func: Damping) -> Array:
+        """``(cov + damping * I) ** exp @ x``."""
+        return self.get_matpower(exp, damping_func) @ x
+
+    def right_multiply_matpower(self, x: Array, exp: float, damping_func: Damping) -> Array:
+        """``x @ (cov + damping * I) ** exp``."""
+        return self.get_matpower(exp, damping_func).matmul_right(x)
+
+    def left_multiply(self, x: Array, damping: Damping) -> Array:
+        """``(cov + damping * I) @ x``."""
+        return self.left_multiply_matpower(x, 1, damping)
+
+    def right_multiply(self, x: Array, damping: Damping) -> Array:
+        """``x @ (cov + damping * I)``."""
+        return self.right_multiply_matpower(x, 1, damping)
+
+    def left_multiply_inverse(self, x: Array, damping: Damping) -> Array:
+        """``(cov + damping * I)^-1 @ x``, with the inverse as last computed."""
+        return self.left_multiply_matpower(x, -1, damping)
+
+    def right_multiply_inverse(self, x: Array, damping: Damping) -> Array:
+        """``x @ (cov + damping * I)^-1``, with the inverse as last computed."""
+        return self.right_multiply_matpower(x, -1, damping)
+
+    def get_inv_vars(self) -> list[Array]:
+        """The arrays in which powers are kept."""
+        return list(self._powers.cache.stored.values()) if isinstance(self._powers, Dense) else []
+
+    # ------------------------------------------------------------------ bound data
+
+    def batch_size(self, source: int = 0) -> int:
+        """Number of cases of the bound data: summed over the towers of one source."""
+        return sum(tower.shape[0] for tower in self._bound()[self.data_names[-1]][source])
+
+    def check_partial_batch_sizes(self) -> None:
+        """Check that all towers of all sources of the bound data have as many cases.
+
+        Raises
+        ------
+        ValueError
+            If they do not: a mean of the towers' means is then not the mean over cases.
+        """
+        sizes = {
+            f"{name}[{s}][{t}]": tower.shape[0]
+            for name, bound in self._bound().items()
+            for s, towers in enumerate(bound)
+            for t, tower in enumerate(towers)
+        }
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"`{name}`: {n}" for name, n in sizes.items())
+            raise ValueError(
+                f"all towers of {self.name} must have the same number of cases; got {found}. "
+                "Use tower_strategy='concat' for towers of different sizes."
+            )
+
+    def release_data(self) -> None:
+        """Let go of the bound arrays; statistics then come through `update_cov` with data."""
+        self._data = None
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
+        """The average and, unless `powers` is False, the stored powers (stale as they are)."""
+        state: dict[str, Any] = {}
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
+        if powers and isinstance(self._powers, Dense) and self._powers.cache.stored:
+            state["powers"] = self._powers.cache.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; powers that it leaves out need an `update_inverses`."""
+        if "average" in state:
+            self.instantiate_cov_variables()
+            self._require_average().load_state_dict(state["average"])
+        if isinstance(self._powers, Dense):
+            self._powers.cache.load_state_dict(state.get("powers", {}), self._like)
+
+    # ------------------------------------------------------------------ for subclasses
+
+    @abc.abstractmethod
+    def _sources(self, *args: Any, **data: Any) -> Iterator[list[tuple[Array, ...]]]:
+        """For each source, the moment's arguments of each tower, checked."""
+
+    def _require(self, name: str, array: Array, shape: Sequence[int | str], why: str) -> Array:
+        """Check one array against the shape that it must have."""
+        if isinstance(array, Placeholder):
+            raise RuntimeError(
+                f"{self.name} is bound to a placeholder: pass the data to `update_cov`."
+            )
+        require_same_place(name, array, self._like, self.name)
+        require_shape(name, array, shape, why)
+        return array
+
+    def _named(self, data: dict[str, Any]) -> dict[str, Any]:
+        if not data:
+            return self._bound()
+        if set(data) != set(self.data_names):
+            raise TypeError(
+                f"the data of {type(self).__name__} are {self.data_names}; got {tuple(data)}."
+            )
+        return data
+
+    def _bound(self) -> dict[str, Bound]:
+        if self._data is None:
+            raise RuntimeError(
+                f"{self.name} is bound to no data. Pass it: "
+                f"`update_cov({', '.join(f'{n}=...' for n in self.data_names)}, ema_decay=...)`."
+            )
+        return self._data
+
+    def _require_average(self) -> MovingAverage:
+        if self._average is None:
+            raise RuntimeError(f"{self.name} has no covariance yet. Call `update_cov` first.")
+        return self._average
+
+    def _serve(self, request: Request) -> LinearOperator:
+        return self._powers.serve(request, lambda: self.cov, self.name)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {type(self).__name__} of shape {list(self.moment.shape)}>"
+
+
+class InverseProvidingFactor(FisherFactor):
+    """A factor whose covariance is a full matrix and whose powers are kept.
+
+    Known as `DenseSquareMatrixFactor` since r1.10.
+    """
+
+    representation = Dense
+    _powers: Dense
+
+    def get_eigendecomp(self) -> tuple[Array, Array]:
+        """``(eigenvalues, eigenvectors)`` of the covariance, clipped at the options' threshold.
+
+        Kept until the next inverse update or `reset_eigendecomp`; the next inverse update then
+        goes by eigendecomposition.
+        """
+        return self._powers.eigendecomp(self.cov)
+
+    def register_eigendecomp(self) -> None:
+        """Let the next inverse update go by eigendecomposition (r1.4)."""
+        self._powers.want_eigendecomp()
+
+    def reset_eigendecomp(self) -> None:
+        """Forget the kept eigendecomposition."""
+        self._powers.reset_eigendecomp()
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """How the stored powers were computed: rung, jitter, residual, condition, staleness.
+
+        ``"rung"`` is one of ``kfac_xp.representations.RUNGS``; ``"staleness"`` counts covariance
+        updates since. Empty before the first inverse update.
+        """
+        last: Decomposition | None = self._powers.decomposition
+        if last is None:
+            return {}
+        return {
+            "rung": last.rung,
+            "jitter": last.jitter,
+            "residual": last.residual,
+            "condition": last.condition,
+            "staleness": self._require_average().num_updates - last.num_updates,
+        }
+
+
+DenseSquareMatrixFactor = InverseProvidingFactor
+
+
+class DiagonalFactor(FisherFactor):
+    """A factor with one entry per parameter.
+
+    Its covariance has any shape; operators are those of ``diag(cov.ravel())``. Powers are made
+    from the covariance of now whenever they are read; registering them changes nothing.
+    """
+
+    representation = Diagonal
+
+
+def refresh_factors(factors: Iterable[FisherFactor]) -> None:
+    """`update_inverses` of all factors, with one look at the device for all of them."""
+    items = []
+    for factor in factors:
+        # Reading `cov` says so if there is none; a diagonal factor has nothing to recompute.
+        if isinstance(factor, InverseProvidingFactor) and factor._powers.cache.requests:
+            factor.cov  # noqa: B018
+        if factor._average is not None:
+            items.append((factor.name, factor._powers, factor._average))
+    refresh(items)
+
+
+def _matpower(exp: float, damping: Damping) -> Request:
+    return Request("matpower", float(exp), DampingKey(damping))

@@ -1,0 +1,328 @@
+"""Factors of convolution layers, over any number of spatial axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kfac_xp.batches import array_like, as_sources, as_towers, bind, example_of, require_same_place
+from kfac_xp.fisher_factors.base import DiagonalFactor, InverseProvidingFactor
+from kfac_xp.fisher_factors.fully_connected import require_as_many_towers, towers_of
+from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
+from kfac_xp.moments import ConvDiagonalMoment, ConvInputMoment, ConvOutputMoment
+from kfac_xp.options import FactorOptions
+from kfac_xp.typing import Array, Sources, Towers
+
+
+class ConvInputKroneckerFactor(InverseProvidingFactor):
+    """Kronecker factor for the input side of a convolutional layer.
+
+    Estimates ``E[a a^T]`` where a is the patch of the layer's input under the filter, flattened
+    in the order of the kernel's rows, with 1 appended if `has_bias`. Expectation is taken over
+    all cases and locations: divided by both. Equivalent to Omega in KFC divided by the number of
+    locations.
+
+    Parameters
+    ----------
+    inputs : arrays of shape [N, *space, C_in]
+        List index is tower.
+    filter_shape
+        ``(*kernel, C_in, C_out)``.
+    padding
+        ``"SAME"``, ``"VALID"``, or a pair (before, after) per spatial axis.
+    strides, dilation_rate
+        One int per spatial axis, or with the batch and channel axes ``(1, *spatial, 1)``.
+    data_format
+        None or a name that ends in "C".
+    extract_patches_fn
+        None, ``"extract_convolution_patches"``, ``"extract_image_patches"`` (2-D) or
+        ``"extract_pointwise_conv2d_patches"`` (1x1, stride 1). They give the same numbers; the
+        name is checked against the geometry.
+    has_bias
+        Append 1 to each patch.
+    patch_mask : shape [*kernel, C_in]
+        Multiplies each patch, before the 1 is appended.
+    **options
+        Fields of `FactorOptions`, and ``name``.
+
+    Raises
+    ------
+    ValueError
+        If channels are not last or do not agree with the filter, or the geometry is impossible.
+    NotImplementedError
+        If `extract_patches_fn` is an unknown name.
+
+    References
+    ----------
+    Grosse and Martens (2016), arXiv:1602.01407, equation 14.
+    """
+
+    data_names = ("inputs",)
+
+    def __init__(
+        self,
+        inputs: Towers,
+        filter_shape: Sequence[int],
+        padding: Padding,
+        strides: Sequence[int] | None = None,
+        dilation_rate: Sequence[int] | None = None,
+        data_format: str | None = None,
+        extract_patches_fn: str | None = None,
+        has_bias: bool = False,
+        patch_mask: Array | None = None,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        require_channels_last(data_format)
+        *kernel, c_in, _ = filter_shape
+        geometry = ConvGeometry.create(kernel, strides, padding, dilation_rate)
+        require_extract_patches_fn(extract_patches_fn, geometry)
+        data = {"inputs": [as_towers("inputs", inputs)]}
+        _require_images("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
+        moment = ConvInputMoment(geometry, c_in, bool(has_bias))
+        super().__init__(moment, data, FactorOptions().changed(**options), name)
+        self.patch_mask = _checked_mask(patch_mask, (*kernel, c_in), self._like)
+
+    def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Array, ...]]]:
+        xs = towers_of("inputs", inputs)
+        for t, x in enumerate(xs):
+            self._require_inputs(f"inputs[{t}]", x)
+        yield [(x,) if self.patch_mask is None else (x, self.patch_mask) for x in xs]
+
+    def _require_inputs(self, name: str, x: Array) -> None:
+        moment = self.moment
+        shape = images_shape(moment.geometry.num_axes, moment.in_channels)
+        self._require(name, x, shape, "with the channels of the filter")
+        require_locations(name, x, moment.geometry)
+
+    moment: ConvInputMoment
+
+
+class ConvOutputKroneckerFactor(InverseProvidingFactor):
+    """Kronecker factor for the output side of a convolutional layer.
+
+    Estimates ``E[ds ds^T]`` where s is the preactivations of a convolutional layer given example
+    x and ``ds = (d / d s) log(p(y|x, w))``. Expectation is taken over all cases and locations:
+    divided by both.
+
+    Equivalent to Gamma in KFC; see section 3.1, Estimating the factors.
+
+    Parameters
+    ----------
+    outputs_grads : arrays of shape [N, *out, C_out]
+        Gradients of the loss, summed over cases, with respect to the preactivations. First list
+        index is source, second is tower.
+    data_format
+        None or a name that ends in "C".
+    **options
+        Fields of `FactorOptions`, and ``name``.
+
+    Raises
+    ------
+    ValueError
+        If channels are not the last axis.
+
+    References
+    ----------
+    Grosse and Martens (2016), arXiv:1602.01407, section 3.1.
+    """
+
+    data_names = ("outputs_grads",)
+
+    def __init__(
+        self,
+        outputs_grads: Sources,
+        data_format: str | None = None,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        require_channels_last(data_format)
+        bound = bind("outputs_grads", outputs_grads)
+        example = example_of(bound)
+        if example.ndim < 3:
+            raise ValueError(
+                "`outputs_grads[0][0]` must have shape [N, *out, C_out] with at least one spatial "
+                f"axis; got shape {tuple(example.shape)}. A dense layer's gradients belong to "
+                "FullyConnectedKroneckerFactor."
+            )
+        moment = ConvOutputMoment(int(example.shape[-1]))
+        self._num_axes = example.ndim - 2
+        super().__init__(moment, {"outputs_grads": bound}, FactorOptions().changed(**options), name)
+
+    def _sources(self, *, outputs_grads: Sources) -> Iterator[list[tuple[Array, ...]]]:
+        shape = images_shape(self._num_axes, self.moment.out_channels, "out")
+        why = "with the channels that the factor was made for"
+        for s, towers in enumerate(as_sources("outputs_grads", outputs_grads)):
+            yield [
+                (self._require(f"outputs_grads[{s}][{t}]", g, shape, why),)
+                for t, g in enumerate(towers)
+            ]
+
+    moment: ConvOutputMoment
+
+
+class ConvDiagonalFactor(DiagonalFactor):
+    """FisherFactor for a diagonal approximation of a convolutional layer's Fisher.
+
+    Estimates ``E[(sum over locations of a ds^T) ** 2]``, elementwise, over cases: the squared
+    entries of each case's own gradient. Divided by the number of cases, not by that of locations.
+
+    Parameters
+    ----------
+    inputs : arrays of shape [N, *space, C_in]
+        List index is tower.
+    outputs_grads : arrays of shape [N, *out, C_out]
+        Gradients of the loss, summed over cases, with respect to the preactivations. First list
+        index is source, second is tower.
+    filter_shape
+        ``(*kernel, C_in, C_out)``.
+    strides, dilations
+        One int per spatial axis, or with the batch and channel axes ``(1, *spatial, 1)``.
+    padding
+        ``"SAME"``, ``"VALID"``, or a pair (before, after) per spatial axis.
+    data_format
+        None or a name that ends in "C". (In r1.4 `has_bias` stood here; a bool is taken as that.)
+    has_bias
+        Append 1 to each patch; the last row of the covariance is then the bias's.
+    patch_mask : shape [*kernel, C_in]
+        Multiplies each patch, before the 1 is appended.
+    **options
+        Fields of `FactorOptions`, and ``name``.
+
+    Raises
+    ------
+    ValueError
+        If channels are not last or do not agree with the filter, or shapes do not follow from the
+        geometry.
+    """
+
+    data_names = ("inputs", "outputs_grads")
+
+    def __init__(
+        self,
+        inputs: Towers,
+        outputs_grads: Sources,
+        filter_shape: Sequence[int],
+        strides: Sequence[int] | None,
+        padding: Padding,
+        data_format: str | bool | None = None,
+        dilations: Sequence[int] | None = None,
+        has_bias: bool = False,
+        patch_mask: Array | None = None,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(data_format, bool):
+            has_bias, data_format = data_format, None
+        require_channels_last(data_format)
+        *kernel, c_in, c_out = filter_shape
+        geometry = ConvGeometry.create(kernel, strides, padding, dilations)
+        data = {
+            "inputs": [as_towers("inputs", inputs)],
+            "outputs_grads": bind("outputs_grads", outputs_grads),
+        }
+        _require_images("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
+        _require_images(
+            "outputs_grads[0][0]", example_of(data["outputs_grads"]), geometry, c_out, filter_shape
+        )
+        moment = ConvDiagonalMoment(geometry, c_in, c_out, bool(has_bias))
+        super().__init__(moment, data, FactorOptions().changed(**options), name)
+        self.patch_mask = _checked_mask(patch_mask, (*kernel, c_in), self._like)
+
+    def _sources(
+        self, *, inputs: Towers, outputs_grads: Sources
+    ) -> Iterator[list[tuple[Array, ...]]]:
+        moment, xs = self.moment, towers_of("inputs", inputs)
+        mask = () if self.patch_mask is None else (self.patch_mask,)
+        for t, x in enumerate(xs):
+            shape = images_shape(moment.geometry.num_axes, moment.in_channels)
+            self._require(f"inputs[{t}]", x, shape, "with the channels of the filter")
+            require_locations(f"inputs[{t}]", x, moment.geometry)
+        for s, grads in enumerate(as_sources("outputs_grads", outputs_grads)):
+            require_as_many_towers(f"outputs_grads[{s}]", grads, xs)
+            yield [
+                (
+                    x,
+                    self._require(
+                        f"outputs_grads[{s}][{t}]",
+                        g,
+                        (
+                            x.shape[0],
+                            *moment.geometry.output_shape(x.shape[1:-1]),
+                            moment.out_channels,
+                        ),
+                        f"as follows from `inputs[{t}]` of shape {tuple(x.shape)} and "
+                        f"{moment.geometry}",
+                    ),
+                    *mask,
+                )
+                for t, (x, g) in enumerate(zip(xs, grads, strict=True))
+            ]
+
+    moment: ConvDiagonalMoment
+
+
+def images_shape(num_axes: int, channels: int, axis: str = "size") -> tuple[int | str, ...]:
+    """Shape pattern of a batch of images with these channels."""
+    return ("N", *(f"{axis}_{i}" for i in range(num_axes)), channels)
+
+
+def require_locations(name: str, images: Array, geometry: ConvGeometry) -> None:
+    """Refuse images on which the filter fits nowhere."""
+    if geometry.num_locations(images.shape[1:-1]) == 0:
+        raise ValueError(
+            f"the filter fits nowhere in `{name}` of shape {tuple(images.shape)}: its extent is "
+            f"{geometry.extent} with padding {geometry.padding!r}."
+        )
+
+
+def require_extract_patches_fn(name: str | None, geometry: ConvGeometry) -> None:
+    """Check that the documented extraction function of this name takes the geometry."""
+    known = (
+        None,
+        "extract_convolution_patches",
+        "extract_image_patches",
+        "extract_pointwise_conv2d_patches",
+    )
+    if name not in known:
+        raise NotImplementedError(f"`extract_patches_fn` must be one of {known}; got {name!r}.")
+    if name == "extract_image_patches" and geometry.num_axes != 2:
+        raise ValueError(
+            f"{name!r} takes 2-D convolutions; this filter has {geometry.num_axes} spatial axes. "
+            "Use None."
+        )
+    ones = (1, 1)
+    if name == "extract_pointwise_conv2d_patches" and (geometry.kernel, geometry.strides) != (
+        ones,
+        ones,
+    ):
+        raise ValueError(
+            f"{name!r} takes 1x1 filters with stride 1; got kernel {geometry.kernel} and strides "
+            f"{geometry.strides}. Use None."
+        )
+
+
+def _require_images(
+    name: str, example: Any, geometry: ConvGeometry, channels: int, filter_shape: Sequence[int]
+) -> None:
+    if example.ndim != geometry.num_axes + 2 or example.shape[-1] not in (channels, None):
+        pattern = ", ".join(map(str, images_shape(geometry.num_axes, channels)))
+        raise ValueError(
+            f"`{name}` must have shape [{pattern}] (from `filter_shape`={tuple(filter_shape)}); "
+            f"got shape {tuple(example.shape)}."
+        )
+
+
+def _checked_mask(mask: Array | None, shape: tuple[int, ...], like: Array) -> Array | None:
+    if mask is None:
+        return None
+    require_same_place("patch_mask", mask, array_like(like), "the factor")
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"`patch_mask` must have the shape of the filter without its outputs, {shape}; "
+            f"got {tuple(mask.shape)}."
+        )
+    return mask

@@ -1,0 +1,31 @@
+"""What power, inverse and product mean for a stored covariance: dense or diagonal.
+
+The contract is *register, refresh, serve*: what will be needed is registered first, computed when
+`refresh` runs, and served from storage, possibly stale, until the next refresh.
+"""
+
+from kfac_xp.representations.base import Representation
+from kfac_xp.representations.dense import Decomposition, Dense, refresh
+from kfac_xp.representations.diagonal import Diagonal
+from kfac_xp.representations.requests import (
+    DampingKey,
+    Kind,
+    PowerCache,
+    Request,
+    read_damping,
+    require_damping,
+)
+
+__all__ = [
+    "DampingKey",
+    "Decomposition",
+    "Dense",
+    "Diagonal",
+    "Kind",
+    "PowerCache",
+    "Representation",
+    "Request",
+    "read_damping",
+    "refresh",
+    "require_damping",
+]

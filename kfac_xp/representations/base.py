@@ -1,0 +1,39 @@
+"""The contract of a representation: register, refresh, serve."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+
+from kfac_xp.operators import LinearOperator
+from kfac_xp.options import FactorOptions
+from kfac_xp.representations.requests import Request
+from kfac_xp.typing import Array
+
+
+class Representation(abc.ABC):
+    """Serves matrix functions of one factor's covariance, in one form of storage."""
+
+    def __init__(self, options: FactorOptions) -> None:
+        self.options = options
+
+    @staticmethod
+    @abc.abstractmethod
+    def initial_cov(shape: tuple[int, ...], options: FactorOptions, like: Array) -> Array:
+        """Where the moving average starts."""
+
+    @abc.abstractmethod
+    def operator(self, cov: Array) -> LinearOperator:
+        """The covariance itself, undamped."""
+
+    @abc.abstractmethod
+    def register(self, request: Request) -> None:
+        """Ask for a matrix function to be kept from the next refresh on."""
+
+    @abc.abstractmethod
+    def instantiate(self, cov_like: Array) -> None:
+        """Serve the identity for everything registered until the first refresh."""
+
+    @abc.abstractmethod
+    def serve(self, request: Request, read_cov: Callable[[], Array], owner: str) -> LinearOperator:
+        """The stored matrix function; computed now where nothing is stored."""

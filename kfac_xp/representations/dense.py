@@ -1,0 +1,320 @@
+"""Covariances stored as full matrices, and the ladder by which they are decomposed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kfac_xp import linalg
+from kfac_xp.averages import MovingAverage
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of, to_numpy
+from kfac_xp.operators import FullMatrix
+from kfac_xp.options import FactorOptions
+from kfac_xp.representations.base import Representation
+from kfac_xp.representations.requests import DampingKey, PowerCache, Request
+from kfac_xp.typing import Array, Scalar
+
+RUNGS = ("direct", "jitter", "float64", "clipped eigenvalues", "last good")
+"""Ways of decomposing, tried in this order until one passes its check."""
+
+MAX_RESIDUAL = 1e-2
+"""Largest entry of (C + damping I) inverse p - p, for a probe p of size 1, that passes."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How a factor's stored matrices were last computed.
+
+    Parameters
+    ----------
+    rung
+        Which of `RUNGS` passed.
+    jitter
+        What was added to the diagonal beyond the damping.
+    residual
+        Largest residual of an inverse on the probe vector; 0 where there is none to check.
+    condition
+        Estimate of the condition number of the worst damped covariance, in the 1-norm.
+    num_updates
+        How many covariance updates they have seen; what came since makes them stale.
+    """
+
+    rung: str
+    jitter: float
+    residual: float
+    condition: float
+    num_updates: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Matrix functions computed on one rung, with checks that have not been read.
+
+    `health` has shape [4]: all finite (1 or 0), residual, condition, jitter.
+    """
+
+    rung: str
+    arrays: dict[Request, Array]
+    health: Array
+
+
+class Dense(Representation):
+    """A covariance stored as a full matrix, with powers kept in a `PowerCache`."""
+
+    def __init__(self, options: FactorOptions) -> None:
+        super().__init__(options)
+        self.cache = PowerCache()
+        self.decomposition: Decomposition | None = None
+        self._eigen_wanted = False
+        self._eigen: tuple[Array, Array] | None = None
+
+    @staticmethod
+    def initial_cov(shape: tuple[int, ...], options: FactorOptions, like: Array) -> Array:
+        """Zeros or the identity."""
+        xp = array_namespace(like)
+        place = {"dtype": like.dtype, "device": device_of(like)}
+        return (
+            xp.eye(shape[0], **place) if options.initial == "identity" else xp.zeros(shape, **place)
+        )
+
+    def operator(self, cov: Array) -> FullMatrix:
+        """The stored matrix."""
+        return FullMatrix(cov)
+
+    def register(self, request: Request) -> None:
+        """Keep a matrix function from the next refresh on; power 1 needs no storage."""
+        if (request.kind, request.exp) != ("matpower", 1.0):
+            self.cache.register(request)
+
+    def instantiate(self, cov_like: Array) -> None:
+        """Serve the identity for everything registered until the first refresh."""
+        for request in self.cache.requests:
+            self.cache.stored.setdefault(request, linalg.identity_like(cov_like))
+
+    def serve(self, request: Request, read_cov: Callable[[], Array], owner: str) -> FullMatrix:
+        """The stored matrix; power 1 from the covariance and the damping of now."""
+        if (request.kind, request.exp) == ("matpower", 1.0):
+            cov = read_cov()
+            return FullMatrix(
+                linalg.add_to_diagonal(cov, as_scalar_like(request.damping.read(), cov))
+            )
+        return FullMatrix(self.cache.fetch(request, owner))
+
+    def eigendecomp(self, cov: Array) -> tuple[Array, Array]:
+        """Clipped eigenvalues and eigenvectors of `cov`, kept until the next refresh."""
+        self.want_eigendecomp()
+        if self._eigen is None:
+            self._eigen = self._eigh(cov)
+        return self._eigen
+
+    def want_eigendecomp(self) -> None:
+        """Let the next refresh go by eigendecomposition."""
+        self._eigen_wanted = True
+
+    def reset_eigendecomp(self) -> None:
+        """Forget the kept eigendecomposition."""
+        self._eigen = None
+
+    # Refreshing goes in two steps, so that many factors can be refreshed with one look at the
+    # device: `attempt` computes and returns a small array of checks without reading it, `commit`
+    # stores what passed.
+
+    def attempt(self, cov: Array, rung: str) -> Attempt | None:
+        """Compute every registered function in the manner of `rung`; None if that is no new way."""
+        xp = array_namespace(cov)
+        clipped = rung == "clipped eigenvalues"
+        dtype = self.options.decomposition_dtype or cov.dtype
+        if rung == "float64" and (dtype == xp.float64 or not linalg.has_float64(cov)):
+            return None
+        if rung == "float64" or (clipped and linalg.has_float64(cov)):
+            dtype = xp.float64
+        source = _cast(cov, dtype)
+        jitter = _relative_jitter(source) if rung == "jitter" else 0.0
+        arrays, checks = self._compute(source, jitter, clipped=clipped)
+        arrays = {request: _cast(a, cov.dtype) for request, a in arrays.items()}
+        finite = xp.all(xp.stack([xp.all(xp.isfinite(a)) for a in arrays.values()]))
+        place = {"dtype": source.dtype, "device": device_of(source)}
+        residuals = [r for r, _ in checks] or [xp.zeros((), **place)]
+        conditions = [c for _, c in checks] or [xp.ones((), **place)]
+        health = [
+            xp.astype(finite, source.dtype),
+            xp.max(xp.stack(residuals)),
+            xp.max(xp.stack(conditions)),
+            xp.asarray(jitter, **place),
+        ]
+        return Attempt(rung, arrays, xp.astype(xp.stack(health), xp.float32))
+
+    def first_attempt(self, cov: Array) -> Attempt:
+        """The attempt on the first rung, which is always a way."""
+        attempt = self.attempt(cov, RUNGS[0])
+        assert attempt is not None
+        return attempt
+
+    def commit(self, result: tuple[Attempt, Sequence[float]] | None, num_updates: int) -> None:
+        """Store an attempt that passed, with its checks as read; None keeps the last one."""
+        self._eigen, self._eigen_wanted = None, False
+        if result is None:
+            last = self.decomposition
+            assert last is not None
+            self.decomposition = replace(last, rung=RUNGS[-1])
+            return
+        attempt, (_, residual, condition, jitter) = result
+        self.cache.stored = dict(attempt.arrays)
+        self.decomposition = Decomposition(attempt.rung, jitter, residual, condition, num_updates)
+
+    def _compute(
+        self, cov: Array, jitter: Scalar, *, clipped: bool
+    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
+        """Every registered function, and (residual, condition) of the damped matrices."""
+        requests = list(self.cache.requests)
+        powers = [r for r in requests if r.kind == "matpower"]
+        by_eigh = (
+            clipped
+            or self._eigen_wanted
+            or any(r.exp != -1.0 for r in powers)
+            or len(powers) >= self.options.eigenvalue_decomposition_threshold
+        )
+        dampings = {r: as_scalar_like(r.damping.read(), cov) + jitter for r in requests}
+        arrays: dict[Request, Array] = {}
+        checks: list[tuple[Array, Array]] = []
+        if powers and by_eigh:
+            w, v = self._eigh(cov, floor=_relative_jitter(cov) if clipped else None)
+            for request in powers:
+                damping = dampings[request]
+                arrays[request] = linalg.eigen_power(w, v, request.exp, damping)
+                checks.append((_no_residual(w), (w[-1] + damping) / (w[0] + damping)))
+        else:
+            for request in powers:
+                damping = dampings[request]
+                inverse = linalg.psd_inv(cov, damping, self.options.posdef_inv_method)
+                arrays[request] = inverse
+                condition = linalg.one_norm(linalg.add_to_diagonal(cov, damping))
+                checks.append(
+                    (
+                        linalg.inverse_residual(cov, inverse, damping),
+                        condition * linalg.one_norm(inverse),
+                    )
+                )
+        factors: dict[DampingKey, Array] = {}
+        for request in requests:
+            if request.kind == "matpower":
+                continue
+            if request.damping not in factors:
+                base = cov
+                if clipped:
+                    w, v = self._eigh(cov, floor=_relative_jitter(cov))
+                    base = linalg.eigen_power(w, v, 1.0, 0.0)
+                factors[request.damping] = linalg.cholesky(base, dampings[request])
+            factor = factors[request.damping]
+            is_inverse = request.kind == "cholesky_inverse"
+            arrays[request] = linalg.inverse_lower(factor) if is_inverse else factor
+        return {r: arrays[r] for r in requests}, checks
+
+    def _eigh(self, cov: Array, floor: Scalar | None = None) -> tuple[Array, Array]:
+        w, v = linalg.psd_eigh(cov, self.options.eigenvalue_clipping_threshold)
+        if floor is not None:
+            xp = array_namespace(w)
+            w = xp.where(w < floor, xp.ones_like(w) * floor, w)
+        return w, v
+
+
+def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
+    """Recompute what is registered with each representation, reading one small array for all.
+
+    Parameters
+    ----------
+    items
+        ``(name, representation, average)`` of each factor.
+
+    Raises
+    ------
+    FloatingPointError
+        If a statistic since the last refresh was not finite, naming the factor. It has been left
+        out of the average, nothing is recomputed, and the next refresh starts anew.
+    RuntimeError
+        If a covariance can be inverted in no way and there is no earlier inverse.
+    """
+    items = list(items)
+    todo = [(n, r, a) for n, r, a in items if isinstance(r, Dense) and r.cache.requests]
+    attempts = [rep.first_attempt(average.value) for _, rep, average in todo]
+    flagged = [(name, a) for name, _, a in items if a.all_finite is not None]
+    health, finite = _read_together(
+        [attempt.health for attempt in attempts], [average.all_finite for _, average in flagged]
+    )
+    if not all(finite):
+        culprits = [name for (name, _), ok in zip(flagged, finite, strict=True) if not ok]
+        for _, average in flagged:
+            average.all_finite = None
+        raise FloatingPointError(
+            f"the statistics of {', '.join(culprits)} were not finite: a NaN or an infinity in the "
+            "layer's inputs or gradients since the last inverse update. They have been left out "
+            "of the average."
+        )
+    results = [
+        _climb(name, rep, average.value, attempt, checks)
+        for (name, rep, average), attempt, checks in zip(todo, attempts, health, strict=True)
+    ]
+    for (_, rep, average), result in zip(todo, results, strict=True):
+        rep.commit(result, average.num_updates)
+
+
+def _climb(
+    name: str, rep: Dense, cov: Array, attempt: Attempt, health: Sequence[float]
+) -> tuple[Attempt, Sequence[float]] | None:
+    """The first rung that passes, or None if the last good matrices have to stay."""
+    if _passes(health):
+        return attempt, health
+    for rung in RUNGS[1:-1]:
+        candidate = rep.attempt(cov, rung)
+        if candidate is not None:
+            health = _read_together([candidate.health], [])[0][0]
+            if _passes(health):
+                return candidate, health
+    if rep.decomposition is None:
+        raise RuntimeError(
+            f"the covariance of {name} cannot be inverted at its damping, by Cholesky or by "
+            "eigendecomposition, and there is no earlier inverse. Use a larger damping."
+        )
+    warnings.warn(
+        f"the covariance of {name} cannot be inverted at its damping; its last good inverse is "
+        "kept. Use a larger damping.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _passes(health: Sequence[float]) -> bool:
+    ok, residual, condition, _ = health
+    return ok == 1 and residual <= MAX_RESIDUAL and condition == condition
+
+
+def _read_together(
+    healths: Sequence[Array], flags: Sequence[Array]
+) -> tuple[list[list[float]], list[bool]]:
+    """Read all checks and all flags of finite statistics in one transfer."""
+    if not healths and not flags:
+        return [], []
+    xp = array_namespace(*healths, *flags)
+    entries = [*healths, *(xp.reshape(xp.astype(flag, xp.float32), (1,)) for flag in flags)]
+    values = to_numpy(xp.concat(entries)).tolist()
+    split = 4 * len(healths)
+    rows = [values[i : i + 4] for i in range(0, split, 4)]
+    return rows, [value == 1 for value in values[split:]]
+
+
+def _relative_jitter(cov: Array) -> Array:
+    """A relative nudge of the diagonal: n machine epsilons of its largest entry."""
+    xp = array_namespace(cov)
+    return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
+
+
+def _no_residual(like: Array) -> Array:
+    xp = array_namespace(like)
+    return xp.zeros((), dtype=like.dtype, device=device_of(like))
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    return array_namespace(x).astype(x, dtype, copy=False)

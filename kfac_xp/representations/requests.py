@@ -1,0 +1,141 @@
+"""What can be asked of a covariance, and the table of what was asked and computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from kfac_xp.backend import array_namespace, as_number, device_of, is_readable
+from kfac_xp.typing import Array, Damping, Scalar
+
+Kind = Literal["matpower", "cholesky", "cholesky_inverse"]
+
+
+def read_damping(damping: Damping) -> Scalar:
+    """The value now of a damping given as a number, a 0-d array or a function."""
+    return as_number(damping() if callable(damping) else damping)
+
+
+def require_damping(name: str, damping: Damping) -> Damping:
+    """Return `damping` after refusing a number that is negative or not finite.
+
+    Raises
+    ------
+    ValueError
+        If `damping` can be read for free and is no size of a damping.
+    """
+    if callable(damping):
+        return damping
+    if isinstance(damping, str) or getattr(damping, "ndim", 0) != 0:
+        raise ValueError(
+            f"`{name}` must be a number, a 0-d array or a function without arguments that "
+            f"returns one; got {damping!r}."
+        )
+    if (isinstance(damping, (int, float)) or is_readable(damping)) and not (
+        0 <= float(damping) < float("inf")
+    ):
+        raise ValueError(f"`{name}` must be finite and not negative; got {float(damping)}.")
+    return damping
+
+
+class DampingKey:
+    """Identity of a damping: numbers by value, functions by ``==``, arrays by identity."""
+
+    def __init__(self, damping: Damping) -> None:
+        self.damping = require_damping("damping", damping)
+        if callable(damping):
+            self._key: Any = damping
+        else:
+            is_number = isinstance(damping, (int, float, np.generic))
+            self._key = ("number", float(damping)) if is_number else ("array", id(damping))
+
+    def read(self) -> Scalar:
+        """The value now."""
+        return read_damping(self.damping)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DampingKey) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return repr(self.damping)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One matrix function of a covariance: what is registered, stored and served."""
+
+    kind: Kind
+    exp: float
+    damping: DampingKey
+
+    def __repr__(self) -> str:
+        what = f"power {self.exp:g}" if self.kind == "matpower" else self.kind.replace("_", " ")
+        return f"{what} at damping {self.damping!r}"
+
+
+class PowerCache:
+    """The table of requested matrix functions and the arrays last computed for them."""
+
+    def __init__(self) -> None:
+        self.requests: dict[Request, None] = {}  # a dict keeps the order of registration
+        self.stored: dict[Request, Array] = {}
+
+    def register(self, request: Request) -> None:
+        """Add a request; the same request twice is one."""
+        self.requests.setdefault(request)
+
+    def fetch(self, request: Request, owner: str) -> Array:
+        """The stored array.
+
+        Raises
+        ------
+        RuntimeError
+            If it was never registered, or not computed since.
+        """
+        if request in self.stored:
+            return self.stored[request]
+        if request in self.requests:
+            raise RuntimeError(
+                f"{owner} has registered {request!r} but not computed it yet. "
+                "Call `update_inverses()` first."
+            )
+        call = {
+            "matpower": f"register_matpower({request.exp:g}, damping)",
+            "cholesky": "register_cholesky(damping)",
+            "cholesky_inverse": "register_cholesky_inverse(damping)",
+        }[request.kind]
+        raise RuntimeError(
+            f"{owner} does not serve {request!r}; it serves {list(self.requests)}. "
+            f"Call `{call}` and then `update_inverses()`."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stored arrays by order of registration."""
+        order = list(self.requests)
+        return {str(order.index(request)): array for request, array in self.stored.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
+        """Continue with arrays saved under the same registrations.
+
+        Raises
+        ------
+        ValueError
+            If there are more arrays than registrations.
+        """
+        order = list(self.requests)
+        if any(int(i) >= len(order) for i in state):
+            raise ValueError(
+                f"the saved state has {len(state)} matrix functions and only {len(order)} are "
+                "registered. Register the same powers before loading, or save with `powers=False`."
+            )
+        xp = array_namespace(like)
+        self.stored = {
+            order[int(i)]: xp.asarray(array, dtype=like.dtype, device=device_of(like))
+            for i, array in state.items()
+        }
