@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import array_api_compat
-import numpy as np
 
 from kfac_xp.typing import Array, Namespace, Scalar
 
@@ -41,17 +40,6 @@ def array_namespace(*arrays: Array) -> Namespace:
 def library_of(x: Array) -> str:
     """Name of the array library of `x`: "numpy", "cupy", "torch", "jax", "array_api_strict", ..."""
     return array_namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
-
-
-def to_numpy(x: Array) -> np.ndarray:
-    """Copy of an array's values on the host; a NumPy array is returned as it is."""
-    if array_api_compat.is_numpy_array(x):
-        return x
-    if array_api_compat.is_cupy_array(x):
-        return x.get()
-    if array_api_compat.is_torch_array(x):
-        return x.detach().cpu().numpy()
-    return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
 
 
 def is_tracer(x: Array) -> bool:
@@ -299,6 +287,6 @@ def _why_no_cuda() -> str:
     """Why Numba cannot launch CUDA kernels here; empty if it can."""
     from numba import config, cuda
 
-    if config.ENABLE_CUDASIM:  # the simulator claims to be available
+    if getattr(config, "ENABLE_CUDASIM", 0):  # the simulator claims to be available
         return "Numba runs its CUDA simulator"
     return "" if cuda.is_available() else "Numba finds no CUDA device or toolkit"

@@ -181,7 +181,7 @@ def has_float64(x: Array) -> bool:
     if array_api_compat.is_jax_array(x):
         import jax
 
-        return bool(jax.config.jax_enable_x64)
+        return bool(jax.config.read("jax_enable_x64"))
     try:
         xp.zeros((), dtype=xp.float64, device=device_of(x))
     except Exception:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 
 from kfac_xp.backend import array_namespace, require_one_place
-from kfac_xp.typing import Array, Params
+from kfac_xp.typing import Array, Params, Vectors
 
 
 def layer_params_to_mat2d(params: Params) -> Array:
@@ -29,23 +30,21 @@ def mat2d_to_layer_params(template: Params, mat: Array) -> Params:
     return xp.reshape(mat[:-1, :], tuple(kernel.shape)), xp.reshape(mat[-1, :], tuple(bias.shape))
 
 
-def tensors_to_column(tensors: Params | Sequence[Array]) -> Array:
+def tensors_to_column(tensors: Params) -> Array:
     """Arrays raveled row-major and concatenated: shape [n, 1]."""
-    arrays = tensors if isinstance(tensors, (tuple, list)) else (tensors,)
+    arrays = as_arrays(tensors)
     xp = array_namespace(*arrays)
     return xp.concat([xp.reshape(a, (-1, 1)) for a in arrays], axis=0)
 
 
-def column_to_tensors(template: Params | Sequence[Array], column: Array) -> Params:
+def column_to_tensors(template: Params, column: Array) -> Params:
     """Inverse of `tensors_to_column`; `template` gives the shapes."""
     xp = array_namespace(column)
     if not isinstance(template, (tuple, list)):
         return xp.reshape(column, tuple(template.shape))
     pieces, start = [], 0
     for like in template:
-        size = 1
-        for n in like.shape:
-            size *= n
+        size = math.prod(like.shape)
         pieces.append(xp.reshape(column[start : start + size, :], tuple(like.shape)))
         start += size
     return tuple(pieces)
@@ -53,7 +52,7 @@ def column_to_tensors(template: Params | Sequence[Array], column: Array) -> Para
 
 def require_like(name: str, vector: Params, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Raise ValueError unless `vector` holds arrays of these shapes (one, or kernel and bias)."""
-    arrays = vector if isinstance(vector, (tuple, list)) else (vector,)
+    arrays = as_arrays(vector)
     given = tuple(tuple(a.shape) for a in arrays)
     if given != shapes:
         wanted = " and ".join(map(str, shapes))
@@ -67,8 +66,30 @@ def require_like(name: str, vector: Params, shapes: tuple[tuple[int, ...], ...])
 
 def param_shapes(params: Params) -> tuple[tuple[int, ...], ...]:
     """Shapes of a layer's parameters: one for a kernel, two for (kernel, bias)."""
-    arrays = params if isinstance(params, (tuple, list)) else (params,)
-    return tuple(tuple(a.shape) for a in arrays)
+    return tuple(tuple(a.shape) for a in as_arrays(params))
+
+
+def map_params(function: Callable[..., Array], *params: Params) -> Params:
+    """Apply a function to the arrays of one layer, or to corresponding arrays of several."""
+    if isinstance(params[0], (tuple, list)):
+        return tuple(function(*arrays) for arrays in zip(*params, strict=True))
+    return function(*params)
+
+
+def map_vectors(function: Callable[..., Array], *vectors: Vectors) -> dict[str, Params]:
+    """Apply a function to corresponding arrays of vectors over the same layers."""
+    return {name: map_params(function, *(v[name] for v in vectors)) for name in vectors[0]}
+
+
+def inner_product(a: Vectors, b: Vectors) -> Array:
+    """Sum of the products of all corresponding entries: 0-d."""
+    products = map_vectors(lambda x, y: array_namespace(x, y).sum(x * y), a, b)
+    return sum(p for layer in products.values() for p in as_arrays(layer))
+
+
+def as_arrays(params: Params) -> tuple[Array, ...]:
+    """A layer's arrays: (kernel,) or (kernel, bias)."""
+    return tuple(params) if isinstance(params, (tuple, list)) else (params,)
 
 
 def _split(params: Params) -> tuple[Array, Array | None]:

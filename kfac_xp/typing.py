@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 Array: TypeAlias = Any
 """An array of any library that follows the Array API standard."""
@@ -39,3 +39,22 @@ InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig"]
 PiType: TypeAlias = Literal["tracenorm", "off"]
 Initial: TypeAlias = Literal["zeros", "identity"]
 TowerStrategy: TypeAlias = Literal["separate", "concat"]
+
+
+class Linearization(Protocol):
+    """A model at given parameters on one batch: what the forward pass left behind.
+
+    Anything with these members serves. Cotangents are structured as `outputs` and carry gradients
+    of *sums* over cases.
+    """
+
+    outputs: Any
+    """``{loss name: array or tuple}``, or the array itself if there is one loss."""
+
+    layer_inputs: Mapping[str, Array]
+    """What each registered layer was given."""
+
+    def vjp(
+        self, cotangents: Any, parameters: bool = True
+    ) -> tuple[Mapping[str, Params] | None, Mapping[str, Array]]:
+        """Gradients of the parameters (or None) and of each layer's preactivations."""

@@ -309,7 +309,7 @@ class FisherFactor(abc.ABC):
 
     def batch_size(self, source: int = 0) -> int:
         """Number of cases of the bound data: summed over the towers of one source."""
-        return sum(tower.shape[0] for tower in self._bound()[self.data_names[-1]][source])
+        return sum(int(tower.shape[0] or 0) for tower in self._bound()[self.data_names[-1]][source])
 
     def check_partial_batch_sizes(self) -> None:
         """Check that all towers of all sources of the bound data have as many cases.

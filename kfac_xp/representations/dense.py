@@ -9,11 +9,12 @@ from typing import Any
 
 from kfac_xp import linalg
 from kfac_xp.averages import MovingAverage
-from kfac_xp.backend import array_namespace, as_scalar_like, device_of, to_numpy
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.operators import FullMatrix
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import DampingKey, PowerCache, Request
+from kfac_xp.state import to_numpy
 from kfac_xp.typing import Array, Scalar
 
 RUNGS = ("direct", "jitter", "float64", "clipped eigenvalues", "last good")

@@ -1,0 +1,68 @@
+"""Random draws that are the same in every array library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.typing import Array
+
+
+class DeviceGenerator(Protocol):
+    """Draws made by an array library itself: faster on a device, and different in each."""
+
+    def uniform(self, shape: Sequence[int]) -> Array:
+        """Independent draws from [0, 1)."""
+
+    def normal(self, shape: Sequence[int]) -> Array:
+        """Independent standard normal draws."""
+
+
+Generator: TypeAlias = np.random.Generator | int | DeviceGenerator
+"""A NumPy generator, a seed for one, or an object that draws on the device."""
+
+
+def as_generator(generator: Generator) -> np.random.Generator | DeviceGenerator:
+    """A generator made from a seed; anything else is returned as it is.
+
+    Raises
+    ------
+    TypeError
+        If it is no generator and no seed.
+    """
+    if isinstance(generator, (int, np.integer)):
+        return np.random.default_rng(int(generator))
+    if not hasattr(generator, "uniform") or not hasattr(generator, "normal"):
+        raise TypeError(
+            "`generator` must be a numpy.random.Generator, an int seed, or an object with "
+            f"`uniform(shape)` and `normal(shape)`; got {type(generator).__name__}."
+        )
+    return generator
+
+
+def uniform(generator: Generator, shape: Sequence[int], like: Array) -> Array:
+    """Draws from [0, 1) of the library, dtype and device of `like`.
+
+    NumPy draws in float64 and the result is converted, so that every library and dtype sees the
+    same numbers.
+    """
+    source = as_generator(generator)
+    if isinstance(source, np.random.Generator):
+        return _moved(source.random(tuple(shape)), like)
+    return source.uniform(tuple(shape))
+
+
+def normal(generator: Generator, shape: Sequence[int], like: Array) -> Array:
+    """Standard normal draws of the library, dtype and device of `like`. See `uniform`."""
+    source = as_generator(generator)
+    if isinstance(source, np.random.Generator):
+        return _moved(source.standard_normal(tuple(shape)), like)
+    return source.normal(tuple(shape))
+
+
+def _moved(draws: np.ndarray, like: Array) -> Array:
+    xp = array_namespace(like)
+    return xp.asarray(draws, dtype=like.dtype, device=device_of(like))
