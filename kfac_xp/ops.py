@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 
 from kfac_xp.backend import (
+    ALWAYS,
+    Condition,
     KernelOp,
     array_namespace,
     as_statistics,
@@ -244,3 +246,54 @@ def _pad(images: Array, pads: tuple[tuple[int, int], ...]) -> Array:
             )
             images = xp.concat([before, images, after], axis=axis)
     return images
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels
+
+
+def _one_float(*arrays: Array | None) -> bool:
+    """True if the arrays given are all float32 or all float64."""
+    dtypes = {str(a.dtype) for a in arrays if a is not None}
+    return dtypes in ({"float32"}, {"float64"})
+
+
+_PLAIN = Condition("arrays that are all float32 or all float64", _one_float)
+_PLAIN_IMAGES = Condition(
+    "float32 or float64 with up to three spatial axes",
+    lambda inputs, geometry: _one_float(inputs) and geometry.num_axes <= 3,
+)
+_PLAIN_CONVOLUTION = Condition(
+    "arrays that are all float32 or all float64, with up to three spatial axes",
+    lambda inputs, outputs_grad, geometry, *, has_bias=False, patch_mask=None: (
+        _one_float(inputs, outputs_grad, patch_mask) and geometry.num_axes <= 3
+    ),
+)
+_UNMEASURED = Condition("sizes still to be measured on a GPU", lambda *args, **kwargs: False)
+
+extract_patches.register(
+    "numba",
+    "kfac_xp.kernels.cpu.patches:extract_patches",
+    accepts=_PLAIN_IMAGES,
+    wins=ALWAYS,
+)
+squared_outer.register(
+    "numba",
+    "kfac_xp.kernels.cpu.squared_outer:squared_outer",
+    accepts=_PLAIN,
+    wins=ALWAYS,
+)
+conv_squared_outer.register(
+    "numba",
+    "kfac_xp.kernels.cpu.squared_outer:conv_squared_outer",
+    accepts=_PLAIN_CONVOLUTION,
+    wins=ALWAYS,
+)
+for _op, _file, _accepts in (
+    (extract_patches, "patches", _PLAIN_IMAGES),
+    (squared_outer, "squared_outer", _PLAIN),
+    (conv_squared_outer, "squared_outer", _PLAIN_CONVOLUTION),
+):
+    _op.register(
+        "cuda", f"kfac_xp.kernels.cuda.{_file}:{_op.name}", accepts=_accepts, wins=_UNMEASURED
+    )

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kfac_xp.backend import as_scalar_like
 from kfac_xp.batches import Placeholder, as_sources, as_towers, bind, concat_towers, require_shape
-from kfac_xp.damping import compute_pi_adjusted_damping, normalize_damping
-from kfac_xp.fisher_factors import DiagonalFactor, FisherFactor, refresh_factors
-from kfac_xp.operators import KroneckerProduct, LinearOperator
+from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.options import FactorOptions
-from kfac_xp.params import (
-    column_to_tensors,
-    layer_params_to_mat2d,
-    mat2d_to_layer_params,
-    require_like,
-    tensors_to_column,
-)
-from kfac_xp.representations import read_damping, require_damping
+from kfac_xp.params import require_like
+from kfac_xp.representations import require_damping
 from kfac_xp.typing import Array, Damping, Params, Scalar, Sources, Towers
 
 
@@ -326,176 +316,9 @@ class FisherBlock(abc.ABC):
             require_shape(f"{label}[{t}]", g, self._output_pattern(x), why)
         return self._joined(outputs_grads)
 
-    def _mat2d(self, vector: Params) -> Array:
+    def _require_vector(self, vector: Params) -> None:
+        self._require_factors()
         require_like("vector", vector, self._param_shapes)
-        return layer_params_to_mat2d(vector)
-
-
-class KroneckerProductFB(FisherBlock):
-    """A block ``r * kron(A, G)`` of an input factor A and an output factor G.
-
-    Damping is split between the factors: with ``d`` the block's damping, normalised,
-    ``r * kron(A + pi sqrt(d) I, G + sqrt(d) / pi I)``.
-    """
-
-    input_factor: FisherFactor
-    output_factor: FisherFactor
-
-    @property
-    def factors(self) -> dict[str, FisherFactor]:
-        """``{"input": ..., "output": ...}``."""
-        return {"input": self.input_factor, "output": self.output_factor}
-
-    @property
-    def renorm_coeff(self) -> float:
-        """The coefficient r."""
-        return 1.0
-
-    @property
-    def damping(self) -> Scalar:
-        """The block's damping of now, normalised: what the two factors share."""
-        self._require_factors()
-        return read_damping(self._damping)
-
-    def factor_dampings(self) -> tuple[Scalar, Scalar]:
-        """Dampings of the input and the output factor, from the covariances of now."""
-        self._require_factors()
-        A = self.input_factor.get_cov_as_linear_operator()
-        G = self.output_factor.get_cov_as_linear_operator()
-        root = as_scalar_like(self.damping, A.trace()) ** 0.5
-        return compute_pi_adjusted_damping(A, G, root, self.options.pi_type)
-
-    def register_matpower(self, exp: float) -> None:
-        """Ask for a power of the damped block to be computed by inverse updates."""
-        for side, factor in enumerate(self._require_factors().values()):
-            factor.register_matpower(exp, FactorDamping(self, side))
-
-    def register_cholesky(self) -> None:
-        """Ask for the Cholesky factor of the damped block."""
-        for side, factor in enumerate(self._require_factors().values()):
-            factor.register_cholesky(FactorDamping(self, side))
-
-    def register_cholesky_inverse(self) -> None:
-        """Ask for the inverse of that factor."""
-        for side, factor in enumerate(self._require_factors().values()):
-            factor.register_cholesky_inverse(FactorDamping(self, side))
-
-    def multiply_matpower(self, vector: Params, exp: float) -> Params:
-        """``r**exp * (A + a I)**exp @ V @ (G + g I)**exp`` on the vector as a matrix V."""
-        mat = self._mat2d(vector)
-        self._require_factors()
-        power = KroneckerProduct(
-            self.input_factor.get_matpower(exp, FactorDamping(self, 0)),
-            self.output_factor.get_matpower(exp, FactorDamping(self, 1)),
-            self.renorm_coeff**exp,
-        )
-        return mat2d_to_layer_params(vector, power.apply(mat))
-
-    def multiply_cholesky(self, vector: Params, transpose: bool = False) -> Params:
-        """``r**0.5 * L_A @ V @ L_G.T``; transposed ``r**0.5 * L_A.T @ V @ L_G``."""
-        mat = self._mat2d(vector)
-        self._require_factors()
-        root = KroneckerProduct(
-            self.input_factor.get_cholesky(FactorDamping(self, 0)),
-            self.output_factor.get_cholesky(FactorDamping(self, 1)),
-            self.renorm_coeff**0.5,
-        )
-        return mat2d_to_layer_params(vector, (root.T if transpose else root).apply(mat))
-
-    def multiply_cholesky_inverse(self, vector: Params, transpose: bool = False) -> Params:
-        """``r**-0.5 * L_A^-1 @ V @ L_G^-T``; transposed ``r**-0.5 * L_A^-T @ V @ L_G^-1``."""
-        mat = self._mat2d(vector)
-        self._require_factors()
-        root = KroneckerProduct(
-            self.input_factor.get_cholesky_inverse(FactorDamping(self, 0)),
-            self.output_factor.get_cholesky_inverse(FactorDamping(self, 1)),
-            self.renorm_coeff**-0.5,
-        )
-        return mat2d_to_layer_params(vector, (root.T if transpose else root).apply(mat))
-
-    def full_fisher_block(self) -> Array:
-        """``r * kron(A, G)``, dense and undamped."""
-        self._require_factors()
-        return KroneckerProduct(
-            self.input_factor.get_cov_as_linear_operator(),
-            self.output_factor.get_cov_as_linear_operator(),
-            self.renorm_coeff,
-        ).to_dense()
-
-    def _normalized_damping(self, num_replications: int) -> Scalar:
-        self._require_factors()
-        power = self.options.normalize_damping_power
-        return normalize_damping(read_damping(self._damping), num_replications, power)
-
-
-class DiagonalFB(FisherBlock):
-    """A block with one entry per parameter: ``(cov + damping) ** exp`` elementwise."""
-
-    factor: DiagonalFactor
-
-    @property
-    def factors(self) -> dict[str, FisherFactor]:
-        """``{"diagonal": ...}``."""
-        return {"diagonal": self.factor}
-
-    @property
-    def damping(self) -> Scalar:
-        """What is added to every entry."""
-        self._require_factors()
-        return read_damping(self._damping)
-
-    def register_matpower(self, exp: float) -> None:
-        """Nothing is stored: powers are made from the covariance of now."""
-        self._require_factors()
-
-    def register_cholesky(self) -> None:
-        """Nothing is stored."""
-        self._require_factors()
-
-    def register_cholesky_inverse(self) -> None:
-        """Nothing is stored."""
-        self._require_factors()
-
-    def multiply_matpower(self, vector: Params, exp: float) -> Params:
-        """``(cov + damping) ** exp * vector``."""
-        return self._scaled(vector, lambda: self.factor.get_matpower(exp, self.damping))
-
-    def multiply_cholesky(self, vector: Params, transpose: bool = False) -> Params:
-        """``(cov + damping) ** 0.5 * vector``, transposed or not."""
-        return self._scaled(vector, lambda: self.factor.get_cholesky(self.damping))
-
-    def multiply_cholesky_inverse(self, vector: Params, transpose: bool = False) -> Params:
-        """``(cov + damping) ** -0.5 * vector``, transposed or not."""
-        return self._scaled(vector, lambda: self.factor.get_cholesky_inverse(self.damping))
-
-    def full_fisher_block(self) -> Array:
-        """``diag(cov)``, dense and undamped."""
-        self._require_factors()
-        return self.factor.get_cov_as_linear_operator().to_dense()
-
-    def _scaled(self, vector: Params, operator: Any) -> Params:
-        require_like("vector", vector, self._param_shapes)
-        self._require_factors()
-        op: LinearOperator = operator()
-        return column_to_tensors(vector, op @ tensors_to_column(vector))
-
-
-@dataclass(frozen=True)
-class FactorDamping:
-    """The damping of one side of a Kronecker block, read at every inverse update.
-
-    Equal for the same block and side, so that it names a request.
-    """
-
-    block: KroneckerProductFB
-    side: int
-
-    def __call__(self) -> Scalar:
-        """The value now."""
-        return self.block.factor_dampings()[self.side]
-
-    def __repr__(self) -> str:
-        return f"the damping of {self.block.name}'s {('input', 'output')[self.side]} factor"
 
 
 def add_moments(total: dict[FisherFactor, Array], new: Mapping[FisherFactor, Array]) -> None:

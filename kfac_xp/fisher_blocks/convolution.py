@@ -7,7 +7,9 @@ from typing import Any
 
 from kfac_xp.batches import Placeholder
 from kfac_xp.damping import normalize_damping
-from kfac_xp.fisher_blocks.base import DiagonalFB, FactorMaker, FisherBlock, KroneckerProductFB
+from kfac_xp.fisher_blocks.base import FactorMaker, FisherBlock
+from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_factors import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfac_xp.fisher_blocks.base import DiagonalFB, FactorMaker, KroneckerProductFB
+from kfac_xp.fisher_blocks.base import FactorMaker
+from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_factors import (
     FisherFactor,
     FullyConnectedDiagonalFactor,

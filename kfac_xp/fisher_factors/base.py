@@ -23,9 +23,6 @@ from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations import (
     DampingKey,
-    Decomposition,
-    Dense,
-    Diagonal,
     Representation,
     Request,
     refresh,
@@ -303,7 +300,7 @@ class FisherFactor(abc.ABC):
 
     def get_inv_vars(self) -> list[Array]:
         """The arrays in which powers are kept."""
-        return list(self._powers.cache.stored.values()) if isinstance(self._powers, Dense) else []
+        return self._powers.stored()
 
     # ------------------------------------------------------------------ bound data
 
@@ -343,8 +340,8 @@ class FisherFactor(abc.ABC):
         state: dict[str, Any] = {}
         if self._average is not None:
             state["average"] = self._average.state_dict()
-        if powers and isinstance(self._powers, Dense) and self._powers.cache.stored:
-            state["powers"] = self._powers.cache.state_dict()
+        if powers and self._powers.stored():
+            state["powers"] = self._powers.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -352,8 +349,7 @@ class FisherFactor(abc.ABC):
         if "average" in state:
             self.instantiate_cov_variables()
             self._require_average().load_state_dict(state["average"])
-        if isinstance(self._powers, Dense):
-            self._powers.cache.load_state_dict(state.get("powers", {}), self._like)
+        self._powers.load_state_dict(state.get("powers", {}), self._like)
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -400,74 +396,16 @@ class FisherFactor(abc.ABC):
         return f"<{self.name}: {type(self).__name__} of shape {list(self.moment.shape)}>"
 
 
-class InverseProvidingFactor(FisherFactor):
-    """A factor whose covariance is a full matrix and whose powers are kept.
-
-    Known as `DenseSquareMatrixFactor` since r1.10.
-    """
-
-    representation = Dense
-    _powers: Dense
-
-    def get_eigendecomp(self) -> tuple[Array, Array]:
-        """``(eigenvalues, eigenvectors)`` of the covariance, clipped at the options' threshold.
-
-        Kept until the next inverse update or `reset_eigendecomp`; the next inverse update then
-        goes by eigendecomposition.
-        """
-        return self._powers.eigendecomp(self.cov)
-
-    def register_eigendecomp(self) -> None:
-        """Let the next inverse update go by eigendecomposition (r1.4)."""
-        self._powers.want_eigendecomp()
-
-    def reset_eigendecomp(self) -> None:
-        """Forget the kept eigendecomposition."""
-        self._powers.reset_eigendecomp()
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """How the stored powers were computed: rung, jitter, residual, condition, staleness.
-
-        ``"rung"`` is one of ``kfac_xp.representations.RUNGS``; ``"staleness"`` counts covariance
-        updates since. Empty before the first inverse update.
-        """
-        last: Decomposition | None = self._powers.decomposition
-        if last is None:
-            return {}
-        return {
-            "rung": last.rung,
-            "jitter": last.jitter,
-            "residual": last.residual,
-            "condition": last.condition,
-            "staleness": self._require_average().num_updates - last.num_updates,
-        }
-
-
-DenseSquareMatrixFactor = InverseProvidingFactor
-
-
-class DiagonalFactor(FisherFactor):
-    """A factor with one entry per parameter.
-
-    Its covariance has any shape; operators are those of ``diag(cov.ravel())``. Powers are made
-    from the covariance of now whenever they are read; registering them changes nothing.
-    """
-
-    representation = Diagonal
+def _matpower(exp: float, damping: Damping) -> Request:
+    return Request("matpower", float(exp), DampingKey(damping))
 
 
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:
     """`update_inverses` of all factors, with one look at the device for all of them."""
     items = []
     for factor in factors:
-        # Reading `cov` says so if there is none; a diagonal factor has nothing to recompute.
-        if isinstance(factor, InverseProvidingFactor) and factor._powers.cache.requests:
-            factor.cov  # noqa: B018
+        if factor._powers.needs_refresh:
+            factor.cov  # noqa: B018  (says so if there is none yet)
         if factor._average is not None:
             items.append((factor.name, factor._powers, factor._average))
     refresh(items)
-
-
-def _matpower(exp: float, damping: Damping) -> Request:
-    return Request("matpower", float(exp), DampingKey(damping))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kfac_xp.batches import array_like, as_sources, as_towers, bind, example_of, require_same_place
-from kfac_xp.fisher_factors.base import DiagonalFactor, InverseProvidingFactor
+from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import require_as_many_towers, towers_of
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
 from kfac_xp.moments import ConvDiagonalMoment, ConvInputMoment, ConvOutputMoment

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kfac_xp.batches import as_sources, as_towers, bind, example_of
-from kfac_xp.fisher_factors.base import DiagonalFactor, InverseProvidingFactor
+from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.moments import FullyConnectedDiagonalMoment, FullyConnectedKroneckerMoment
 from kfac_xp.options import FactorOptions
 from kfac_xp.typing import Array, Sources, Towers

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
@@ -37,3 +38,19 @@ class Representation(abc.ABC):
     @abc.abstractmethod
     def serve(self, request: Request, read_cov: Callable[[], Array], owner: str) -> LinearOperator:
         """The stored matrix function; computed now where nothing is stored."""
+
+    @property
+    def needs_refresh(self) -> bool:
+        """True if something is registered that only a refresh computes."""
+        return False
+
+    def stored(self) -> list[Array]:
+        """The arrays that are kept."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, for saving."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
+        """Continue from `state_dict`, with arrays like `like`."""

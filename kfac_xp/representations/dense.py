@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,23 @@ class Dense(Representation):
                 linalg.add_to_diagonal(cov, as_scalar_like(request.damping.read(), cov))
             )
         return FullMatrix(self.cache.fetch(request, owner))
+
+    @property
+    def needs_refresh(self) -> bool:
+        """True if something is registered."""
+        return bool(self.cache.requests)
+
+    def stored(self) -> list[Array]:
+        """The matrix functions as last computed."""
+        return list(self.cache.stored.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The matrix functions as last computed, by order of registration."""
+        return self.cache.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
+        """Continue with saved matrix functions, or with none."""
+        self.cache.load_state_dict(state, like)
 
     def eigendecomp(self, cov: Array) -> tuple[Array, Array]:
         """Clipped eigenvalues and eigenvectors of `cov`, kept until the next refresh."""
@@ -238,7 +255,7 @@ def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
         If a covariance can be inverted in no way and there is no earlier inverse.
     """
     items = list(items)
-    todo = [(n, r, a) for n, r, a in items if isinstance(r, Dense) and r.cache.requests]
+    todo = [(n, r, a) for n, r, a in items if isinstance(r, Dense) and r.needs_refresh]
     attempts = [rep.first_attempt(average.value) for _, rep, average in todo]
     flagged = [(name, a) for name, _, a in items if a.all_finite is not None]
     health, finite = _read_together(

@@ -1,0 +1,66 @@
+"""The two forms of a covariance: a full matrix, or one entry per parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfac_xp.fisher_factors.base import FisherFactor
+from kfac_xp.representations import Decomposition, Dense, Diagonal
+from kfac_xp.typing import Array
+
+
+class InverseProvidingFactor(FisherFactor):
+    """A factor whose covariance is a full matrix and whose powers are kept.
+
+    Known as `DenseSquareMatrixFactor` since r1.10.
+    """
+
+    representation = Dense
+    _powers: Dense
+
+    def get_eigendecomp(self) -> tuple[Array, Array]:
+        """``(eigenvalues, eigenvectors)`` of the covariance, clipped at the options' threshold.
+
+        Kept until the next inverse update or `reset_eigendecomp`; the next inverse update then
+        goes by eigendecomposition.
+        """
+        return self._powers.eigendecomp(self.cov)
+
+    def register_eigendecomp(self) -> None:
+        """Let the next inverse update go by eigendecomposition (r1.4)."""
+        self._powers.want_eigendecomp()
+
+    def reset_eigendecomp(self) -> None:
+        """Forget the kept eigendecomposition."""
+        self._powers.reset_eigendecomp()
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """How the stored powers were computed: rung, jitter, residual, condition, staleness.
+
+        ``"rung"`` is one of ``kfac_xp.representations.RUNGS``; ``"staleness"`` counts covariance
+        updates since. Empty before the first inverse update.
+        """
+        last: Decomposition | None = self._powers.decomposition
+        if last is None:
+            return {}
+        return {
+            "rung": last.rung,
+            "jitter": last.jitter,
+            "residual": last.residual,
+            "condition": last.condition,
+            "staleness": self._require_average().num_updates - last.num_updates,
+        }
+
+
+DenseSquareMatrixFactor = InverseProvidingFactor
+
+
+class DiagonalFactor(FisherFactor):
+    """A factor with one entry per parameter.
+
+    Its covariance has any shape; operators are those of ``diag(cov.ravel())``. Powers are made
+    from the covariance of now whenever they are read; registering them changes nothing.
+    """
+
+    representation = Diagonal
