@@ -1,0 +1,75 @@
+"""Reads the numbers that the original TensorFlow library produced (``tests/data``)."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+# What the reference keeps in global constants is an option here.
+_OPTIONS = {
+    "ZERO_DEBIAS": "zero_debias",
+    "EIGENVALUE_DECOMPOSITION_THRESHOLD": "eigenvalue_decomposition_threshold",
+    "EIGENVALUE_CLIPPING_THRESHOLD": "eigenvalue_clipping_threshold",
+    "NORMALIZE_DAMPING_POWER": "normalize_damping_power",
+    "PI_TYPE": "pi_type",
+    "POSDEF_INV_METHOD": "posdef_inv_method",
+    "TOWER_STRATEGY": "tower_strategy",
+}
+
+
+@functools.cache
+def load(name):
+    """``{case: (meta, {key: array})}`` of one file."""
+    with np.load(DATA / f"{name}.npz") as stored:
+        index, buffer = json.loads(str(stored["index"])), stored["buf"]
+    cases = {}
+    for case, entry in index.items():
+        arrays = {}
+        for key, (offset, shape, dtype) in entry["arrays"].items():
+            size = int(np.prod(shape, dtype=np.int64))
+            arrays[key] = buffer[offset : offset + size].reshape(shape).astype(dtype)
+        cases[case] = (entry["meta"], arrays)
+    return cases
+
+
+def every(*names, where=lambda meta: True):
+    """Parameters (file, case, dtype): each case in float64, if it was made so, and in float32."""
+    return [
+        pytest.param(name, case, dtype, id=f"{name}-{case}-{dtype}")
+        for name in names
+        for case, (meta, _) in load(name).items()
+        if where(meta)
+        for dtype in ("float64", "float32")
+        if dtype == "float32" or meta.get("dtype", "float64") == "float64"
+    ]
+
+
+def options(meta):
+    """Keyword arguments that stand for the case's global constants."""
+    given = dict(meta["globals"])
+    found = {_OPTIONS[k]: given.pop(k) for k in list(given) if k in _OPTIONS}
+    start = given.pop("covariance_initializer", "zeros")
+    if start == "identity" or given.pop("INIT_COVARIANCES_AT_ZERO", True) is False:
+        found["initial"] = "identity"
+    assert not given, f"constants without an option: {given}"
+    return found
+
+
+def assert_close(actual, expected, rtol, what=""):
+    """Compare to a relative error of the largest entry of the expected array."""
+    actual, expected = to_numpy(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} not {expected.shape}"
+    scale = np.max(np.abs(expected), initial=0.0) or 1.0
+    error = np.max(np.abs(actual - expected), initial=0.0) / scale
+    assert error <= rtol, f"{what}: relative error {error:.2e} above {rtol:.0e}"
+
+
+def to_numpy(x):
+    """Values of an array of any library."""
+    if hasattr(x, "get"):
+        return x.get()
+    return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
