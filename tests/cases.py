@@ -37,15 +37,20 @@ def load(name):
 
 
 def every(*names, where=lambda meta: True):
-    """Parameters (file, case, dtype): each case in float64, if it was made so, and in float32."""
-    return [
-        pytest.param(name, case, dtype, id=f"{name}-{case}-{dtype}")
-        for name in names
-        for case, (meta, _) in load(name).items()
-        if where(meta)
-        for dtype in ("float64", "float32")
-        if dtype == "float32" or meta.get("dtype", "float64") == "float64"
-    ]
+    """Parameters (file, case, dtype): each case in float64, if it was made so, and in float32.
+
+    All but the first of each class carry the mark `more`: see ``conftest.py``.
+    """
+    params, seen = [], set()
+    for name in names:
+        for case, (meta, _) in load(name).items():
+            for dtype in ("float64", "float32") if where(meta) else ():
+                if dtype == "float32" or meta.get("dtype", "float64") == "float64":
+                    marks = [pytest.mark.more] if meta["cls"] in seen else []
+                    seen.add(meta["cls"])
+                    identity = f"{name}-{case}-{dtype}"
+                    params.append(pytest.param(name, case, dtype, id=identity, marks=marks))
+    return params
 
 
 def options(meta):

@@ -23,6 +23,8 @@ def namespace(library):
         jax = pytest.importorskip("jax", reason="JAX is not installed")
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_platforms", "cpu")
+        # Compiling dominates these small tests, and is faster when it optimises less.
+        jax.config.update("jax_disable_most_optimizations", True)
     module = pytest.importorskip(library, reason=f"{library} is not installed")
     if library == "cupy" and not module.cuda.is_available():
         pytest.skip("there is no CUDA device")
@@ -42,3 +44,17 @@ def xp(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20260131)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run the cases marked `more` everywhere but on JAX, which compiles every new shape."""
+    slow = [
+        item
+        for item in items
+        if item.get_closest_marker("more")
+        and getattr(item, "callspec", None) is not None
+        and item.callspec.params.get("xp") == "jax.numpy"
+    ]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]

@@ -1,0 +1,106 @@
+"""Slow truth: explicit loops over Python numbers and NumPy float64. Imports nothing of kfac_xp."""
+
+import itertools
+
+import numpy as np
+
+
+def output_shape(space, kernel, strides, dilation, pads):
+    """Count the positions at which the filter fits, one by one."""
+    shape = []
+    for n, k, s, d, (before, after) in zip(space, kernel, strides, dilation, pads, strict=True):
+        starts = range(-before, n + after, s)
+        shape.append(sum(start + (k - 1) * d < n + after for start in starts))
+    return tuple(shape)
+
+
+def same_pads(space, kernel, strides, dilation):
+    """The least padding, odd zero after, with which an axis has ``ceil(size / stride)`` outputs."""
+    pads = []
+    for n, k, s, d in zip(space, kernel, strides, dilation, strict=True):
+        for total in itertools.count():
+            pair = (total // 2, total - total // 2)
+            if output_shape((n,), (k,), (s,), (d,), (pair,))[0] >= -(-n // s):
+                pads.append(pair)
+                break
+    return tuple(pads)
+
+
+def taps_inside(location, space, kernel, strides, dilation, pads):
+    """Each filter tap that lies inside the image at this location, and where it lies."""
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        position = tuple(
+            o * s + t * d - before
+            for o, s, t, d, (before, _) in zip(location, strides, tap, dilation, pads, strict=True)
+        )
+        if all(0 <= p < size for p, size in zip(position, space, strict=True)):
+            yield tap, position
+
+
+def extract_patches(inputs, kernel, strides, dilation, pads):
+    """``[N, *out, prod(kernel) * C]``: every entry looked up on its own, zero outside."""
+    inputs = np.asarray(inputs, dtype=np.float64)
+    num_cases, *space, channels = inputs.shape
+    out = output_shape(space, kernel, strides, dilation, pads)
+    patches = np.zeros((num_cases, *out, *kernel, channels))
+    for n in range(num_cases):
+        for location in np.ndindex(*out):
+            for tap, position in taps_inside(location, space, kernel, strides, dilation, pads):
+                for c in range(channels):
+                    patches[(n, *location, *tap, c)] = inputs[(n, *position, c)]
+    return patches.reshape(num_cases, *out, int(np.prod(kernel)) * channels)
+
+
+def convolution(inputs, weight, strides, dilation, pads):
+    """``[N, *out, C_out]``: the layer itself; `weight` is ``[*kernel, C_in, C_out]``."""
+    inputs, weight = np.asarray(inputs, dtype=np.float64), np.asarray(weight, dtype=np.float64)
+    num_cases, *space, _ = inputs.shape
+    kernel = weight.shape[:-2]
+    out_shape = output_shape(space, kernel, strides, dilation, pads)
+    out = np.zeros((num_cases, *out_shape, weight.shape[-1]))
+    for n in range(num_cases):
+        for location in np.ndindex(*out_shape):
+            for tap, position in taps_inside(location, space, kernel, strides, dilation, pads):
+                out[(n, *location)] += inputs[(n, *position)] @ weight[tap]
+    return out
+
+
+def squared_outer(rows, grads):
+    """``out[d, c] = sum_n (sum_t rows[n, t, d] * grads[n, t, c]) ** 2``, term by term."""
+    rows, grads = np.asarray(rows, dtype=np.float64), np.asarray(grads, dtype=np.float64)
+    if rows.ndim == 2:
+        rows, grads = rows[:, None, :], grads[:, None, :]
+    out = np.zeros((rows.shape[2], grads.shape[2]))
+    for n in range(rows.shape[0]):
+        case_grad = np.zeros(out.shape)
+        for t in range(rows.shape[1]):
+            case_grad += np.outer(rows[n, t], grads[n, t])
+        out += case_grad * case_grad
+    return out
+
+
+def conv_squared_outer(
+    inputs, outputs_grad, kernel, strides, dilation, pads, has_bias=False, patch_mask=None
+):
+    """The squares of each case's gradients of filter and bias, added up over cases.
+
+    The gradients follow the definition of the layer, without patches.
+    """
+    inputs = np.asarray(inputs, dtype=np.float64)
+    grads = np.asarray(outputs_grad, dtype=np.float64)
+    num_cases, *space, channels = inputs.shape
+    out_shape = output_shape(space, kernel, strides, dilation, pads)
+    mask = np.ones((*kernel, channels)) if patch_mask is None else np.asarray(patch_mask)
+    weight_total = np.zeros((*kernel, channels, grads.shape[-1]))
+    bias_total = np.zeros((1, grads.shape[-1]))
+    for n in range(num_cases):
+        weight, bias = np.zeros(weight_total.shape), np.zeros(bias_total.shape)
+        for location in np.ndindex(*out_shape):
+            grad = grads[(n, *location)]
+            bias += grad
+            for tap, position in taps_inside(location, space, kernel, strides, dilation, pads):
+                weight[tap] += np.outer(mask[tap] * inputs[(n, *position)], grad)
+        weight_total += weight**2
+        bias_total += bias**2
+    total = weight_total.reshape(int(np.prod(kernel)) * channels, grads.shape[-1])
+    return np.concatenate([total, bias_total]) if has_bias else total
