@@ -129,9 +129,7 @@ class TestAgainstTheExactFisher:
         for k in range(p.shape[-1]):
             onehot = np.eye(p.shape[-1])[np.full(n, k)]
             sources.append(net.vjp((p - onehot) * np.sqrt(p[:, k : k + 1]), parameters=False)[1])
-        return {
-            name: (net.layer_inputs[name], [[s[name]] for s in sources]) for name in params
-        }
+        return {name: (net.layer_inputs[name], [[s[name]] for s in sources]) for name in params}
 
     @pytest.mark.parametrize("layer", ["conv", "dense"])
     def test_diagonal_blocks_are_the_diagonal(self, rng, layer):
@@ -140,9 +138,7 @@ class TestAgainstTheExactFisher:
         layers = conv_layers(params, conv="diagonal", dense="diagonal")
         estimator = kfac_xp.FisherEstimator(layers, damping=0.1)
         estimator.update_cov(self.exact_statistics(params, net, len(x)))
-        jacobians = per_case_jacobians(
-            params, lambda p: SmallConvNet(p, x, (2, 1)), len(x), layer
-        )
+        jacobians = per_case_jacobians(params, lambda p: SmallConvNet(p, x, (2, 1)), len(x), layer)
         p = np.exp(net.outputs) / np.exp(net.outputs).sum(-1, keepdims=True)
         loss_fisher = np.stack([np.diag(q) - np.outer(q, q) for q in p])
         fisher = np.einsum("nkp,nkl,nlq->pq", jacobians, loss_fisher, jacobians) / len(x)
@@ -182,9 +178,7 @@ def test_modes_need_no_more_backward_passes_than_sources(xp, rng):
 
 def test_draws_do_not_depend_on_how_a_batch_is_split(xp, rng):
     params, x, _ = random_tanh_net(xp, rng)
-    whole, halves = (
-        kfac_xp.FisherEstimator(tanh_layers(params), 0.1, seed=5) for _ in range(2)
-    )
+    whole, halves = (kfac_xp.FisherEstimator(tanh_layers(params), 0.1, seed=5) for _ in range(2))
     for _ in range(2):
         whole.update_cov(TanhNet(params, x))
         halves.update_cov([TanhNet(params, x[:3, :]), TanhNet(params, x[3:, :])])

@@ -84,9 +84,7 @@ def test_a_loose_norm_constraint_changes_nothing(xp, rng):
     params, x, targets = random_tanh_net(xp, rng)
     results = []
     for constraint in (None, 1e6):
-        optimizer = kfac_xp.KfacOptimizer(
-            tanh_layers(params), 0.1, 0.1, norm_constraint=constraint
-        )
+        optimizer = kfac_xp.KfacOptimizer(tanh_layers(params), 0.1, 0.1, norm_constraint=constraint)
         results.append(optimizer.step(params, TanhNet(params, x), targets)[0])
     for name in params:
         for a, b in zip(results[0][name], results[1][name], strict=True):
@@ -263,7 +261,7 @@ class TestBadInput:
             optimizer.step({"one": params["one"]}, TanhNet(params, x), targets)
 
     def test_neither_model_nor_statistics(self, setting):
-        optimizer, params, x, targets = setting
+        optimizer, params, x, _targets = setting
         with pytest.raises(ValueError, match="pass either `net`"):
             optimizer.step(params)
         with pytest.raises(ValueError, match="`grads` must be given with `statistics`"):
