@@ -427,5 +427,6 @@ def _require_range(name: str, x: Array, low: int, high: int, what: str) -> None:
     smallest, largest = xp.min(x), xp.max(x)
     if not (bool(smallest >= low) and bool(largest <= high)):
         raise ValueError(
-            f"`{name}` must be {what} in [{low}, {high}]; got values from {smallest} to {largest}."
+            f"`{name}` must be {what} in [{low}, {high}]; got values "
+            f"from {float(smallest):g} to {float(largest):g}."
         )
