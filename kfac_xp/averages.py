@@ -41,7 +41,7 @@ class MovingAverage:
     @property
     def has_value(self) -> bool:
         """True once there is something to read."""
-        return self.num_updates > 0 or (self.starts_defined and not self.zero_debias)
+        return self.num_updates > 0 or self.starts_defined
 
     def default_weight(self, decay: Scalar) -> Scalar:
         """Weight of a new value that goes with `decay` when the caller names none."""
@@ -72,8 +72,9 @@ class MovingAverage:
 
     @property
     def value(self) -> Array:
-        """The average now; not a number before the first update if debiased."""
-        return self.total / self.weight if self.zero_debias else self.total
+        """The average now; before the first update, what it starts from."""
+        debiased = self.zero_debias and self.num_updates > 0
+        return self.total / self.weight if debiased else self.total
 
     def state_dict(self) -> dict[str, Any]:
         """Total, sum of weights and number of updates."""

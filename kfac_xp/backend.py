@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,7 +226,7 @@ class KernelOp:
         forced = _forced.get()
         if forced == REFERENCE:
             return self.reference, lambda: "reference, because `use_backend` asks for it"
-        candidate, refusal = self._candidate(args[0])
+        candidate, refusal = self._candidate(args[0] if args else kwargs[self._first_parameter])
         if forced is not None and (candidate is None or candidate.backend != forced):
             raise ValueError(
                 f"`use_backend({forced!r})` cannot serve `{self.name}` here: {refusal or 'the '}"
@@ -252,6 +253,10 @@ class KernelOp:
             self.reference,
             lambda: f"reference, because {backend} was measured to win only for {words}",
         )
+
+    @functools.cached_property
+    def _first_parameter(self) -> str:
+        return next(iter(inspect.signature(self.reference).parameters))
 
     def _candidate(self, x: Array) -> tuple[Implementation | None, str]:
         backend, refusal = _kernel_backend(x)

@@ -21,8 +21,8 @@ class FactorOptions:
         Divide the moving average by its sum of weights. Without it the value is the plain
         recursion ``decay * cov + weight * new``.
     initial
-        What the average starts from: ``"zeros"``, or ``"identity"`` (ones for a diagonal factor).
-        An identity may be read before the first update if `zero_debias` is off.
+        What the average starts from: ``"zeros"``, or ``"identity"`` (ones for a diagonal factor),
+        which may then be read before the first update.
     eigenvalue_decomposition_threshold
         From this many registered inverses on, one eigendecomposition serves them all.
     eigenvalue_clipping_threshold

@@ -20,7 +20,10 @@ def to_numpy(x: Array) -> np.ndarray:
         return x.get()
     if array_api_compat.is_torch_array(x):
         return x.detach().cpu().numpy()
-    return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
+    if array_api_compat.is_jax_array(x):
+        return np.asarray(x)
+    host = array_api_compat.array_namespace(x).__array_namespace_info__().default_device()
+    return np.asarray(array_api_compat.to_device(x, host))
 
 
 def flatten_state(state: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ class SmallConvNet:
             for size, taps, s in zip(self.x.shape[1:-1], k.shape[:2], self.strides, strict=True)
         ]
         self.windows = {}
-        s = xp.zeros((n, *out, k.shape[-1]), dtype=self.x.dtype) + b
+        s = b
         for i, j in itertools.product(range(k.shape[0]), range(k.shape[1])):
             window = self.x[
                 :,

@@ -141,10 +141,10 @@ class FisherFactor(abc.ABC):
         Raises
         ------
         RuntimeError
-            Before the first update, unless the average was given a start that may be read.
+            Before the first update, unless an `initial` other than zeros was given.
         """
         average = self._average
-        if average is None and self.options.initial != "zeros" and not self.options.zero_debias:
+        if average is None and self.options.initial != "zeros":
             self.instantiate_cov_variables()
             average = self._average
         if average is None or not average.has_value:

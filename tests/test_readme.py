@@ -1,0 +1,47 @@
+"""What the README shows runs, and what it links to is there."""
+
+import re
+from pathlib import Path
+
+import kfac_xp
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(name):
+    (text,) = re.findall(rf"<!-- {name} -->\n```\w+\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+    return text
+
+
+def test_the_first_example_runs():
+    names = {}
+    exec(block("arrays"), names)
+    direction, grads = names["direction"], names["grads"]
+    for layer, pair in grads.items():
+        assert [a.shape for a in direction[layer]] == [a.shape for a in pair]
+    back = names["estimator"].multiply(direction)
+    for layer, pair in grads.items():
+        for a, b in zip(back[layer], pair, strict=True):
+            assert abs(a - b).max() < 1e-8
+
+
+def test_commands_and_links():
+    assert "pytest" in block("test")
+    assert "examples/digits_convnet.py" in block("example")
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_documented_names_exist():
+    for name in re.findall(r"`kfac_xp\.(\w+)", README):
+        assert hasattr(kfac_xp, name), name
+    for name in re.findall(r"`(?:fisher_\w+\.)?(\w+(?:Factor|FB))`", README):
+        assert hasattr(kfac_xp, name), name
+    factor = kfac_xp.ConvOutputKroneckerFactor
+    block_ = kfac_xp.ConvKFCBasicFB
+    pattern = r"`((?:get|register|left|right|make|instantiate|multiply|reset)_?\w*)(?:\(\w*\))?`"
+    methods = re.findall(pattern, README)
+    assert len(methods) > 25
+    for name in methods:
+        assert hasattr(factor, name) or hasattr(block_, name), name
