@@ -99,7 +99,7 @@ def as_number(x: Scalar) -> Scalar:
 def as_scalar_like(x: Scalar, like: Array) -> Scalar:
     """`x` as a Python float, or as a 0-d array of the dtype of `like`: it widens nothing."""
     x = as_number(x)
-    return x if isinstance(x, float) else array_namespace(like).astype(x, like.dtype, copy=False)
+    return x if isinstance(x, float) else cast(x, like.dtype)
 
 
 def statistics_dtype(x: Array, dtype: Any = None) -> Any:
@@ -112,10 +112,14 @@ def statistics_dtype(x: Array, dtype: Any = None) -> Any:
     return xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
 
 
+def cast(x: Array, dtype: Any) -> Array:
+    """`x` in this dtype; not copied when it has it already."""
+    return array_namespace(x).astype(x, dtype, copy=False)
+
+
 def as_statistics(x: Array, dtype: Any = None) -> Array:
     """`x` in its statistics dtype; not copied when it has it already."""
-    xp = array_namespace(x)
-    return xp.astype(x, statistics_dtype(x, dtype), copy=False)
+    return cast(x, statistics_dtype(x, dtype))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import abc
 import math
 from typing import Any
 
-from kfac_xp.backend import array_namespace, device_of, is_readable, require_one_place
+from kfac_xp.backend import array_namespace, cast, device_of, is_readable, require_one_place
 from kfac_xp.randomness import Generator, normal, uniform
 from kfac_xp.typing import Array
 
@@ -392,8 +392,7 @@ class MultiBernoulliNegativeLogProbLoss(NaturalParamsNegativeLogProbLoss):
         return self.multiply_fisher_factor(vector)
 
     def _cast_targets(self) -> Array:
-        xp = array_namespace(self._inputs)
-        return xp.astype(self._require_targets(), self._inputs.dtype, copy=False)
+        return cast(self._require_targets(), self._inputs.dtype)
 
     def _probabilities(self) -> Array:
         x = self._inputs

@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_named_at_the_next_inverse_update(rng, reads):
 def test_mixed_devices_are_an_error(rng):
     here, there = (on(device, rng.normal(size=(4, 3))) for device in (CPU, DEVICE))
     factor = kfac_xp.FullyConnectedKroneckerFactor(here)
-    with pytest.raises(ValueError, match="is on device .*device1.* Move it there first"):
+    with pytest.raises(ValueError, match=r"is on device .*device1.* Move it there first"):
         factor.update_cov(tensors=there, ema_decay=0.9)
     with pytest.raises(ValueError, match="arrays must be on one device"):
         kfac_xp.squared_outer(here, there)

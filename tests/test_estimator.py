@@ -317,7 +317,7 @@ class TestBadInput:
         estimator, params, x, _ = setting
         net = TanhNet(params, x)
         del net.layer_inputs["two"]
-        with pytest.raises(ValueError, match="`layer_inputs` has no entry for .*'two'"):
+        with pytest.raises(ValueError, match=r"`layer_inputs` has no entry for .*'two'"):
             estimator.update_cov(net)
 
     def test_unknown_layer(self, setting):

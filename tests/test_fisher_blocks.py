@@ -149,6 +149,18 @@ class BlockContract:
         for cov, factor in zip(before, block.factors.values(), strict=True):
             assert np.array_equal(to_numpy(factor.cov), cov)
 
+    def test_vectors_keep_their_dtype(self, xp, rng):
+        block = self.updated(xp, rng)  # statistics in float64
+        vector = self.vector(xp, rng)
+        exact = mat2d(block.multiply_inverse(vector))
+        if isinstance(vector, tuple):
+            single = tuple(xp.astype(a, xp.float32) for a in vector)
+        else:
+            single = xp.astype(vector, xp.float32)
+        product = block.multiply_inverse(single)
+        assert mat2d(product).dtype == np.float32
+        assert_close(mat2d(product), exact, 1e-6)
+
     def test_wrong_vectors(self, xp, rng):
         block = self.updated(xp, rng)
         vector = self.vector(xp, rng)
@@ -249,7 +261,7 @@ class ConvBlockContract(BlockContract):
         block = self.updated(xp, rng)
         assert block.num_locations == 6
         x, ds = draw(xp, rng, 5, 5, 3, 2), draw(xp, rng, 5, 3, 3, 4)
-        with pytest.raises(ValueError, match="gives 9 locations .* the first batch fixed 6"):
+        with pytest.raises(ValueError, match=r"gives 9 locations .* the first batch fixed 6"):
             block.update_cov(inputs=x, outputs_grads=ds, ema_decay=0.5)
 
     def test_wrong_parameters(self, xp):
@@ -257,7 +269,7 @@ class ConvBlockContract(BlockContract):
             self.cls(None, xp.zeros((2, 3)), *self.geometry)
         with pytest.raises(ValueError, match=r"the bias in `params` must have shape \(4,\)"):
             self.cls(None, (xp.zeros((2, 2, 2, 4)), xp.zeros((3,))), *self.geometry)
-        with pytest.raises(ValueError, match="`data_format` must be None or .*'NCHW'"):
+        with pytest.raises(ValueError, match=r"`data_format` must be None or .*'NCHW'"):
             self.cls(None, self.params(xp), *self.geometry, data_format="NCHW")
         with pytest.raises(ValueError, match="`num_locations` must be a positive int"):
             self.cls(None, self.params(xp), *self.geometry, num_locations=0)
@@ -303,6 +315,17 @@ class TestConvKFCBasicFB(ConvBlockContract):
         vector = draw(xp, rng, *kernel, 2, 3)
         back = block.multiply_inverse(block.multiply(vector))
         assert_close(mat2d(back), mat2d(vector), 1e-10)
+
+    def test_mask(self, xp, rng):
+        mask = xp.asarray(rng.integers(0, 2, size=(2, 2, 2)).astype(float))
+        masked = self.make(xp, rng, patch_mask=mask)
+        plain = self.make(xp, rng)
+        inputs, grads = self.data(xp, rng)
+        for block in (masked, plain):
+            block.update_cov(inputs=inputs, outputs_grads=grads, ema_decay=0.9)
+        row = np.append(to_numpy(mask).ravel(), 1.0)
+        expected = to_numpy(plain.input_factor.cov) * np.outer(row, row)
+        assert_close(masked.input_factor.cov, expected, 1e-12)
 
     def test_a_given_number_of_locations(self, xp, rng):
         """Releases to r1.10 counted otherwise."""

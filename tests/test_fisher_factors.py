@@ -192,7 +192,7 @@ class FactorContract:
     def test_wrong_names_and_empty_batches(self, xp, rng):
         data = self.make_data(xp, rng)
         factor = self.make(data)
-        with pytest.raises(TypeError, match="the data of .* are"):
+        with pytest.raises(TypeError, match=r"the data of .* are"):
             factor.update_cov(images=data, ema_decay=0.9)
         empty = {name: x[:0, ...] for name, x in data.items()}
         with pytest.raises(ValueError, match="holds no cases"):
@@ -367,7 +367,7 @@ class TestConvOutputKroneckerFactor(DenseContract):
         return kfac_xp.ConvOutputKroneckerFactor(**data, **options)
 
     def test_wrong_shapes(self, xp):
-        with pytest.raises(ValueError, match="`data_format` must be None or .* got 'NCHW'"):
+        with pytest.raises(ValueError, match=r"`data_format` must be None or .* got 'NCHW'"):
             kfac_xp.ConvOutputKroneckerFactor(xp.zeros((2, 3, 4, 4)), "NCHW")
         with pytest.raises(ValueError, match="at least one spatial axis"):
             kfac_xp.ConvOutputKroneckerFactor(xp.zeros((2, 3)))
@@ -419,7 +419,7 @@ class TestConvInputKroneckerFactor(DenseContract):
             make(x, (3, 3, 2, 3), "SAME", extract_patches_fn="extract_pointwise_conv2d_patches")
         with pytest.raises(ValueError, match="takes 2-D convolutions"):
             make(x[:, 0, ...], (3, 2, 3), "SAME", extract_patches_fn="extract_image_patches")
-        with pytest.raises(NotImplementedError, match="must be one of .*'other'"):
+        with pytest.raises(NotImplementedError, match=r"must be one of .*'other'"):
             make(x, (3, 3, 2, 3), "SAME", extract_patches_fn="other")
 
     def test_wrong_shapes(self, xp):

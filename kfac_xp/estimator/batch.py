@@ -68,6 +68,12 @@ class Batch:
                         f"`layer_inputs` has no entry for the registered layer {name!r}; it has "
                         f"{list(net.layer_inputs)}."
                     )
+                if isinstance(net.layer_inputs[name], (list, tuple)):
+                    raise ValueError(
+                        f"`layer_inputs[{name!r}]` is a list over "
+                        f"{len(net.layer_inputs[name])} uses, but the layer is registered for one "
+                        "use. Register each use under a name of its own."
+                    )
             found[name] = [net.layer_inputs[name] for net in self.nets]
         return found
 

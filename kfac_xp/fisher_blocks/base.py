@@ -177,6 +177,11 @@ class FisherBlock(abc.ABC):
         """Recompute every registered power from the covariances and the damping of now."""
         refresh_factors(self._require_factors().values())
 
+    @property
+    def info(self) -> dict[str, dict[str, Any]]:
+        """How each factor's stored powers were computed, by role: see the factors' `info`."""
+        return {role: factor.info for role, factor in self._require_factors().items()}
+
     # ------------------------------------------------------------------ registration
 
     @abc.abstractmethod

@@ -154,6 +154,8 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
         None or a name that ends in "C".
     extract_patches_fn
         As for `ConvInputKroneckerFactor`.
+    patch_mask : shape [*kernel, C_in]
+        Multiplies each patch.
     num_locations
         Used in place of the true number; releases to r1.10 had ``h * w // (s1 * s2)``.
     name, **options
@@ -177,6 +179,7 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
         data_format: str | None = None,
         extract_patches_fn: str | None = None,
         *,
+        patch_mask: Array | None = None,
         num_locations: int | None = None,
         name: str | None = None,
         **options: Any,
@@ -193,6 +196,7 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
             **options,
         )
         require_extract_patches_fn(extract_patches_fn, self.geometry)
+        self.patch_mask = patch_mask
 
     @property
     def renorm_coeff(self) -> float:
@@ -229,6 +233,7 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
             None,
             None,
             self.has_bias,
+            self.patch_mask,
         )
         self.output_factor = self._factor("output", ConvOutputKroneckerFactor, grads)
 

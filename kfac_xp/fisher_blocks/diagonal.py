@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kfac_xp.backend import cast
 from kfac_xp.fisher_blocks.base import FisherBlock
 from kfac_xp.fisher_factors import DiagonalFactor, FisherFactor
 from kfac_xp.operators import LinearOperator
@@ -59,4 +60,5 @@ class DiagonalFB(FisherBlock):
 
     def _scaled(self, vector: Params, operator: Callable[[], LinearOperator]) -> Params:
         self._require_vector(vector)
-        return column_to_tensors(vector, operator() @ tensors_to_column(vector))
+        column, op = tensors_to_column(vector), operator()
+        return column_to_tensors(vector, cast(op @ cast(column, op.dtype), column.dtype))

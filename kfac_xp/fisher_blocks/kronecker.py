@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kfac_xp.backend import as_scalar_like
+from kfac_xp.backend import as_scalar_like, cast
 from kfac_xp.damping import compute_pi_adjusted_damping, normalize_damping
 from kfac_xp.fisher_blocks.base import FisherBlock
 from kfac_xp.fisher_factors import FisherFactor
@@ -108,7 +108,9 @@ class KroneckerProductFB(FisherBlock):
         return normalize_damping(read_damping(self._damping), num_replications, power)
 
     def _apply(self, operator: KroneckerProduct, vector: Params) -> Params:
-        return mat2d_to_layer_params(vector, operator.apply(layer_params_to_mat2d(vector)))
+        mat = layer_params_to_mat2d(vector)
+        product = operator.apply(cast(mat, operator.dtype))
+        return mat2d_to_layer_params(vector, cast(product, mat.dtype))
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,11 @@ class FisherFactor(abc.ABC):
         """The arrays in which powers are kept."""
         return self._powers.stored()
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """How the stored powers were computed; empty where nothing is stored."""
+        return {}
+
     # ------------------------------------------------------------------ bound data
 
     def batch_size(self, source: int = 0) -> int:

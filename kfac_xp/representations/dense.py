@@ -9,7 +9,7 @@ from typing import Any
 
 from kfac_xp import linalg
 from kfac_xp.averages import MovingAverage
-from kfac_xp.backend import array_namespace, as_scalar_like, device_of
+from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
 from kfac_xp.operators import FullMatrix
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.base import Representation
@@ -148,10 +148,10 @@ class Dense(Representation):
             return None
         if rung == "float64" or (clipped and linalg.has_float64(cov)):
             dtype = xp.float64
-        source = _cast(cov, dtype)
+        source = cast(cov, dtype)
         jitter = _relative_jitter(source) if rung == "jitter" else 0.0
         arrays, checks = self._compute(source, jitter, clipped=clipped)
-        arrays = {request: _cast(a, cov.dtype) for request, a in arrays.items()}
+        arrays = {request: cast(a, cov.dtype) for request, a in arrays.items()}
         finite = xp.all(xp.stack([xp.all(xp.isfinite(a)) for a in arrays.values()]))
         place = {"dtype": source.dtype, "device": device_of(source)}
         residuals = [r for r, _ in checks] or [xp.zeros((), **place)]
@@ -332,7 +332,3 @@ def _relative_jitter(cov: Array) -> Array:
 def _no_residual(like: Array) -> Array:
     xp = array_namespace(like)
     return xp.zeros((), dtype=like.dtype, device=device_of(like))
-
-
-def _cast(x: Array, dtype: Any) -> Array:
-    return array_namespace(x).astype(x, dtype, copy=False)
