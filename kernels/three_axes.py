@@ -33,7 +33,7 @@ def three_axes(geometry: Any, space: tuple[int, ...]) -> ThreeAxes:
         strides=_lead(geometry.strides, 1),
         dilation=_lead(geometry.dilation, 1),
         before=_lead([before for before, _ in pads], 0),
-        padded=_lead([n + before + after for n, (before, after) in zip(space, pads)], 1),
+        padded=_lead([n + sum(pair) for n, pair in zip(space, pads, strict=True)], 1),
     )
 
 

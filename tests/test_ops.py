@@ -12,6 +12,7 @@ from kfac_xp import (
     ConvGeometry,
     conv_squared_outer,
     extract_patches,
+    ops,
     squared_outer,
     use_backend,
 )
@@ -56,6 +57,17 @@ ROWS = [
 
 # has_bias, with a mask
 OPTIONS = list(itertools.product([False, True], repeat=2))
+
+# What the libraries without kernels are tried on: each feature once.
+SOME_GEOMETRIES = [
+    "1d-asymmetric-dilated",
+    "2d",
+    "2d-valid",
+    "2d-asymmetric",
+    "2d-one-pixel",
+    "2d-no-location",
+    "3d",
+]
 
 every_geometry = pytest.mark.parametrize("case", GEOMETRIES)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -125,10 +137,10 @@ def check_conv_squared_outer(xp, rng, case, dtype, backend, bias, masked, num_ca
 
 @reference_or_picked
 @every_dtype
-class TestAgainstTheLoops:
-    """Every library: the reference, and what the registry picks."""
+class TestEveryLibrary:
+    """The reference, and what the registry picks, against the loops."""
 
-    @every_geometry
+    @pytest.mark.parametrize("case", SOME_GEOMETRIES)
     def test_extract_patches(self, xp, rng, case, dtype, backend):
         check_patches(xp, rng, case, dtype, backend)
 
@@ -136,48 +148,58 @@ class TestAgainstTheLoops:
     def test_squared_outer(self, xp, rng, shape, dtype, backend):
         check_squared_outer(xp, rng, shape, dtype, backend)
 
-    @every_geometry
+    @pytest.mark.parametrize("case", SOME_GEOMETRIES)
     def test_conv_squared_outer(self, xp, rng, case, dtype, backend):
-        # One plain and one full call: each option is tried alone by the kernels' tests below.
-        check_conv_squared_outer(xp, rng, case, dtype, backend, bias=False, masked=False)
         check_conv_squared_outer(xp, rng, case, dtype, backend, bias=True, masked=True)
+
+    def test_conv_squared_outer_without_options(self, xp, rng, dtype, backend):
+        check_conv_squared_outer(xp, rng, "2d", dtype, backend, bias=False, masked=False)
 
     def test_empty_batch(self, xp, rng, dtype, backend):
         check_patches(xp, rng, "2d", dtype, backend, num_cases=0)
         check_conv_squared_outer(xp, rng, "2d", dtype, backend, True, True, num_cases=0)
 
 
+@pytest.mark.parametrize("backend", ["reference", None, "numba"])
 @every_dtype
-class TestNumbaAgainstTheLoops:
-    """The CPU kernels, also where the registry does not pick them."""
+class TestNumPy:
+    """Every geometry and option, also where the registry would not pick the kernel."""
 
     @every_geometry
-    def test_extract_patches(self, rng, case, dtype):
-        check_patches(np, rng, case, dtype, "numba")
+    def test_extract_patches(self, rng, case, dtype, backend):
+        check_patches(np, rng, case, dtype, backend)
 
     @pytest.mark.parametrize("shape", ROWS)
-    def test_squared_outer(self, rng, shape, dtype):
-        check_squared_outer(np, rng, shape, dtype, "numba")
+    def test_squared_outer(self, rng, shape, dtype, backend):
+        check_squared_outer(np, rng, shape, dtype, backend)
 
     @every_geometry
     @pytest.mark.parametrize(("bias", "masked"), OPTIONS)
-    def test_conv_squared_outer(self, rng, case, dtype, bias, masked):
-        check_conv_squared_outer(np, rng, case, dtype, "numba", bias, masked)
+    def test_conv_squared_outer(self, rng, case, dtype, backend, bias, masked):
+        check_conv_squared_outer(np, rng, case, dtype, backend, bias, masked)
 
-    def test_empty_batch(self, rng, dtype):
-        check_patches(np, rng, "2d", dtype, "numba", num_cases=0)
-        check_conv_squared_outer(np, rng, "2d", dtype, "numba", True, True, num_cases=0)
+    def test_empty_batch(self, rng, dtype, backend):
+        check_patches(np, rng, "2d", dtype, backend, num_cases=0)
+        check_conv_squared_outer(np, rng, "2d", dtype, backend, True, True, num_cases=0)
 
-    def test_several_tiles(self, rng, dtype, monkeypatch):
-        from kfac_xp.kernels.cpu import squared_outer as kernels
 
-        # Tiles of one case, and of two, which leaves a rest of one.
-        for cases_in_tile in (1, 2):
-            elements = cases_in_tile * 5 * 3 * 4
-            monkeypatch.setattr(kernels, "_TILE_ELEMENTS", elements)
-            check_squared_outer(np, rng, (3, 6, 15, 4), dtype, "numba")
-            monkeypatch.setattr(kernels, "_TILE_ELEMENTS", cases_in_tile * 18 * (30 + 4))
-            check_conv_squared_outer(np, rng, "2d", dtype, "numba", True, True)
+@pytest.mark.parametrize("cases_in_tile", [1, 2])
+def test_kernels_in_several_tiles(rng, monkeypatch, cases_in_tile):
+    """Of three cases: tiles of one, and a tile of two with a rest of one."""
+    from kfac_xp.kernels.cpu import squared_outer as kernels
+
+    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", cases_in_tile * 15 * 4)
+    check_squared_outer(np, rng, (3, 6, 15, 4), "float64", "numba")
+    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", cases_in_tile * 18 * (5 * 6 + 4))
+    check_conv_squared_outer(np, rng, "2d", "float64", "numba", bias=True, masked=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_reference_in_several_chunks(rng, monkeypatch, dtype):
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2 * 15 * 4)
+    check_squared_outer(np, rng, (3, 6, 15, 4), dtype, "reference")
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2 * 18 * 5 * 6)
+    check_conv_squared_outer(np, rng, "2d", dtype, "reference", bias=True, masked=True)
 
 
 @pytest.mark.gpu
@@ -286,9 +308,7 @@ class TestJit:
         geometry, _, inputs, _, _ = layer("2d", rng, "float64")
         inputs = jax.numpy.asarray(inputs)
         compiled = jax.jit(extract_patches, static_argnums=1)
-        np.testing.assert_array_equal(
-            compiled(inputs, geometry), extract_patches(inputs, geometry)
-        )
+        np.testing.assert_array_equal(compiled(inputs, geometry), extract_patches(inputs, geometry))
 
     @pytest.mark.parametrize("shape", [(4, 7, 5, 3), (4, 1, 5, 3)])
     def test_squared_outer(self, jax, rng, shape):
@@ -373,7 +393,9 @@ class TestBadArguments:
 
     @pytest.mark.parametrize("shape", [(2, 4, 4, 1), (1, 4, 5, 1), (2, 20, 1)])
     def test_gradients_of_another_convolution(self, shape):
-        with pytest.raises(ValueError, match=r"`outputs_grad` must have shape \[2, 4, 5, 'C_out'\]"):
+        with pytest.raises(
+            ValueError, match=r"`outputs_grad` must have shape \[2, 4, 5, 'C_out'\]"
+        ):
             conv_squared_outer(self.images, np.zeros(shape), self.geometry)
 
     @pytest.mark.parametrize("shape", [(3, 3), (3, 3, 2), (27,)])
@@ -385,7 +407,7 @@ class TestBadArguments:
 
     def test_arrays_of_two_libraries(self):
         torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-        with pytest.raises(TypeError, match="one array library; got numpy.ndarray, torch.Tensor"):
+        with pytest.raises(TypeError, match=r"got numpy\.ndarray, torch\.Tensor"):
             squared_outer(np.zeros((2, 3)), torch.zeros((2, 3)))
         with pytest.raises(TypeError, match="one array library"):
             conv_squared_outer(self.images, torch.zeros((2, 4, 5, 1)), self.geometry)
@@ -398,5 +420,5 @@ class TestBadArguments:
             )
 
     def test_no_array_at_all(self):
-        with pytest.raises(TypeError, match="one array library; got builtins.list"):
+        with pytest.raises(TypeError, match=r"one array library; got builtins\.list"):
             squared_outer([[1.0]], [[1.0]])

@@ -23,9 +23,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The cache of a kernel is renewed when its own file changes, and only then: compiled helpers of
     a kernel belong in the kernel's file.
 
-    Kernels are serial. Threads would gain at most the number of cores, and starting them was
-    measured to cost more than the whole of a small call (benchmarks/results); besides, one of
-    Numba's threading layers ends the process when two Python threads enter parallel kernels.
+    Kernels are serial. Threads gained nothing on the cores measured (benchmarks/results), waking
+    them can cost more than a small call, and one of Numba's threading layers ends the process when
+    two Python threads enter parallel kernels.
     """
     try:
         return njit(cache=True, **_OPTIONS)(function)

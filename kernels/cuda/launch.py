@@ -1,0 +1,45 @@
+"""Where and how CUDA kernels run: CuPy's stream, grid sizes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from numba import cuda
+
+# Kernels step through what a grid does not cover, so that this bounds the grid and not the arrays.
+# It is also the hardware's limit along y and z.
+_MAX_BLOCKS = 65535
+
+
+def num_blocks(size: int, threads: int) -> int:
+    """Blocks of `threads` that cover `size` elements, at least one and not more than a grid has."""
+    return max(1, min(-(-size // threads), _MAX_BLOCKS))
+
+
+def configured(kernel: Any, grid: Any, threads: Any, stream: Any) -> Any:
+    """``kernel[grid, threads, stream]``, ready to be called with the arguments.
+
+    Without Numba's advice that few blocks do not fill a device: there is not always more to do.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grid size")
+        return kernel[grid, threads, stream]
+
+
+def current_stream() -> Any:
+    """CuPy's current stream as one of Numba's: work queued by either runs in the order of calls."""
+    import cupy
+
+    pointer = cupy.cuda.get_current_stream().ptr
+    return cuda.external_stream(pointer) if pointer else cuda.default_stream()
+
+
+def on_device(*arrays: Any) -> tuple[Any, ...]:
+    """CuPy arrays as Numba takes them, without waiting for the stream that fills them.
+
+    They are C-contiguous afterwards, so that each kernel compiles for one layout.
+    """
+    import cupy
+
+    return tuple(cuda.as_cuda_array(cupy.ascontiguousarray(a), sync=False) for a in arrays)

@@ -1,0 +1,235 @@
+"""Which implementation serves a call: forcing, choosing, explaining."""
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kfac_xp import (
+    ConvGeometry,
+    backend,
+    conv_squared_outer,
+    explain,
+    extract_patches,
+    squared_outer,
+    use_backend,
+)
+from kfac_xp.backend import Condition, KernelOp
+
+OPS = [extract_patches, squared_outer, conv_squared_outer]
+IMAGES = np.ones((2, 4, 4, 3))
+FILTER = ConvGeometry.create((3, 3))
+
+
+def small_op(accepts=backend.ALWAYS, wins=backend.ALWAYS):
+    """An op whose kernel is ``operator:neg``: it says by its sign which one ran."""
+
+    @KernelOp
+    def neg(a, /):
+        """Return `a`; only the kernel negates."""
+        return +a
+
+    neg.register("numba", "operator:neg", accepts=accepts, wins=wins)
+    return neg
+
+
+def is_short(words):
+    return Condition(words, lambda a: a.shape[0] < 3)
+
+
+class TestChoice:
+    short, long = np.ones(2), np.ones(4)
+
+    def test_kernel_where_it_accepts_and_wins(self):
+        op = small_op()
+        assert op(self.short)[0] == -1
+        assert explain(op, self.short) == "neg: numba, which was measured to win for every call"
+
+    def test_reference_where_the_kernel_does_not_win(self):
+        op = small_op(wins=is_short("short arrays"))
+        assert op(self.short)[0] == -1
+        assert op(self.long)[0] == 1
+        assert explain(op, self.long) == (
+            "neg: reference, because numba was measured to win only for short arrays"
+        )
+
+    def test_reference_where_the_kernel_does_not_accept(self):
+        op = small_op(accepts=is_short("short arrays"))
+        assert op(self.long)[0] == 1
+        assert explain(op, self.long) == (
+            "neg: reference, because the numba kernel takes short arrays"
+        )
+
+    def test_reference_for_a_library_without_kernels(self):
+        torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+        assert small_op()(torch.ones(2))[0] == 1
+        assert explain(small_op(), torch.ones(2)) == (
+            "neg: reference, because torch arrays have no kernels"
+        )
+
+    def test_reference_without_registrations(self):
+        @KernelOp
+        def bare(a):
+            return +a
+
+        assert bare(self.short)[0] == 1
+        assert explain(bare, self.short) == (
+            "bare: reference, because there is no numba kernel for it"
+        )
+
+    def test_first_argument_by_name(self):
+        rows = np.arange(6.0).reshape(1, 3, 2)
+        expected = squared_outer(rows, rows)
+        np.testing.assert_array_equal(squared_outer(grads=rows, rows=rows), expected)
+        assert explain(extract_patches, geometry=FILTER, inputs=IMAGES).startswith(
+            "extract_patches: numba"
+        )
+
+    def test_arguments_are_checked_first(self):
+        op, seen = small_op(), []
+        op.checks(seen.append)
+        op(self.short)
+        explain(op, self.short)
+        assert len(seen) == 2
+
+    def test_an_op_looks_like_its_reference(self):
+        assert squared_outer.__name__ == squared_outer.name == "squared_outer"
+        assert "outer products" in squared_outer.__doc__
+        assert list(inspect.signature(squared_outer).parameters) == ["rows", "grads"]
+
+
+class TestForcing:
+    x = np.ones(2)
+
+    def test_kernel_that_does_not_win(self):
+        op = small_op(wins=is_short("nothing"))
+        long = np.ones(4)
+        with use_backend("numba"):
+            assert op(long)[0] == -1
+            assert explain(op, long) == "neg: numba, because `use_backend` asks for it"
+
+    def test_reference_where_the_kernel_wins(self):
+        with use_backend("reference"):
+            assert small_op()(self.x)[0] == 1
+            assert explain(small_op(), self.x) == (
+                "neg: reference, because `use_backend` asks for it"
+            )
+
+    def test_ends_with_the_block_also_by_an_exception(self):
+        op = small_op()
+        with use_backend("numba"):
+            with pytest.raises(ZeroDivisionError), use_backend("reference"):
+                1 / int(op(self.x)[0] - 1)  # the reference's 1, not the kernel's -1
+            assert explain(op, self.x).endswith("asks for it")
+        assert explain(op, self.x).endswith("for every call")
+
+    def test_unknown_name(self):
+        with (
+            pytest.raises(ValueError, match=r"`name` must be one of .*'numba', 'cuda'.*'numpy'"),
+            use_backend("numpy"),
+        ):
+            pass
+
+    def test_arguments_that_the_kernel_does_not_take(self):
+        half = np.ones((2, 3, 4), dtype=np.float16)
+        with (
+            use_backend("numba"),
+            pytest.raises(
+                ValueError, match="cannot serve this call of `squared_outer`: the kernel"
+            ),
+        ):
+            squared_outer(half, half)
+
+    def test_backend_of_other_arrays(self):
+        with (
+            use_backend("cuda"),
+            pytest.raises(ValueError, match=r"`use_backend\('cuda'\)` cannot serve .* by 'numba'"),
+        ):
+            squared_outer(np.ones((2, 3)), np.ones((2, 3)))
+
+    def test_library_without_kernels(self):
+        torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+        with (
+            use_backend("numba"),
+            pytest.raises(ValueError, match="torch arrays have no kernels"),
+        ):
+            squared_outer(torch.ones((2, 3)), torch.ones((2, 3)))
+
+
+class TestRegistrations:
+    @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+    def test_kernels_have_the_signature_of_the_reference(self, op):
+        def parameters(function):
+            found = inspect.signature(function).parameters.values()
+            return [(p.name, p.kind, p.default) for p in found]
+
+        assert [i.backend for i in op.implementations] == ["numba", "cuda"]
+        for implementation in op.implementations:
+            assert implementation.function.__name__ == op.name
+            assert parameters(implementation.function) == parameters(op.reference)
+
+    def test_patches(self):
+        assert "numba" in explain(extract_patches, IMAGES, FILTER)
+        for filter_, words in [((1, 1), "one tap"), ((3, 3), "float32 or float64")]:
+            geometry = ConvGeometry.create(filter_)
+            dtype = np.float64 if words == "one tap" else np.float16
+            text = explain(extract_patches, IMAGES.astype(dtype), geometry)
+            assert text.startswith("extract_patches: reference")
+            assert words in text
+
+    def test_patches_over_four_axes(self):
+        images, geometry = np.ones((1, 2, 2, 2, 2, 1)), ConvGeometry.create((2, 2, 2, 2))
+        assert "up to three spatial axes" in explain(extract_patches, images, geometry)
+        assert extract_patches(images, geometry).shape == (1, 2, 2, 2, 2, 16)
+
+    @pytest.mark.parametrize(
+        ("shape", "chosen"),
+        [((2, 4, 20), "numba"), ((2, 20), "reference"), ((2, 4, 9), "reference")],
+    )
+    def test_rows(self, shape, chosen):
+        rows = np.ones(shape)
+        assert explain(squared_outer, rows, rows).startswith(f"squared_outer: {chosen}")
+
+    def test_rows_of_two_dtypes(self):
+        rows = np.ones((2, 4, 20))
+        text = explain(squared_outer, rows, rows.astype(np.float32))
+        assert "all float32 or all float64" in text
+
+    @pytest.mark.parametrize(
+        ("filter_", "padding", "chosen"),
+        [((3, 3), "SAME", "numba"), ((1, 1), "SAME", "reference"), ((4, 4), "VALID", "reference")],
+    )
+    def test_convolutions(self, filter_, padding, chosen):
+        geometry = ConvGeometry.create(filter_, padding=padding)
+        grads = np.ones((2, *geometry.output_shape((4, 4)), 5))
+        text = explain(conv_squared_outer, IMAGES, grads, geometry, has_bias=True)
+        assert text.startswith(f"conv_squared_outer: {chosen}")
+
+    def test_mask_of_another_dtype(self):
+        mask = np.ones((3, 3, 3), dtype=np.float32)
+        text = explain(conv_squared_outer, IMAGES, np.ones((2, 4, 4, 5)), FILTER, patch_mask=mask)
+        assert "all float32 or all float64" in text
+
+    @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+    def test_cuda_is_never_picked_unmeasured(self, op, monkeypatch):
+        # As if the arrays were CuPy's; nothing is launched.
+        monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
+        arguments = {
+            "extract_patches": (IMAGES, FILTER),
+            "squared_outer": (np.ones((2, 4, 20)), np.ones((2, 4, 20))),
+            "conv_squared_outer": (IMAGES, np.ones((2, 4, 4, 5)), FILTER),
+        }[op.name]
+        assert "reference, because cuda was measured to win only for no sizes so far" in explain(
+            op, *arguments
+        )
+        with use_backend("cuda"):
+            assert explain(op, *arguments) == f"{op.name}: cuda, because `use_backend` asks for it"
+
+
+def test_importing_the_package_imports_no_array_library_but_numpy():
+    heavy = ["numba", "cupy", "torch", "jax", "scipy"]
+    code = f"import sys, kfac_xp; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""What the kernels' helpers promise: compilation options, three axes, no widening."""
+
+import numba
+import numpy as np
+import pytest
+
+from kfac_xp import ConvGeometry
+from kfac_xp.kernels import three_axes
+from kfac_xp.kernels.cpu import jit, squared_outer
+from tests import naive
+
+
+class TestCompiled:
+    def test_without_a_place_for_the_cache(self, monkeypatch):
+        def njit(**options):
+            if options.get("cache"):
+                raise RuntimeError(
+                    "cannot cache function 'f': no locator available for file 'f.py'"
+                )
+            return numba.njit(**options)
+
+        monkeypatch.setattr(jit, "njit", njit)
+        assert jit.compiled(lambda x: x + 1)(1) == 2
+
+    def test_other_errors_are_not_hidden(self, monkeypatch):
+        def njit(**options):
+            raise RuntimeError("something else")
+
+        monkeypatch.setattr(jit, "njit", njit)
+        with pytest.raises(RuntimeError, match="something else"):
+            jit.compiled(lambda x: x)
+
+    def test_division_by_zero_and_nan_are_those_of_numpy(self):
+        divided = jit.compiled(lambda x, y: x / y)
+        assert divided(1.0, 0.0) == np.inf
+        is_nan = jit.compiled(lambda x: np.isnan(x))
+        assert is_nan(np.nan)
+
+
+def test_float32_is_added_up_in_float32():
+    # Compiled anew: machine code from the cache cannot be looked at.
+    add_squares = numba.njit(squared_outer._add_squares.py_func, **jit._OPTIONS)
+    case_grads = np.ones((3, 2, 4), dtype=np.float32)
+    add_squares(case_grads, np.zeros((2, 4), dtype=np.float32))
+    (code,) = add_squares.inspect_llvm().values()
+    assert "fmul" in code
+    assert "fpext" not in code
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 3))])
+def test_three_axes(padding):
+    geometry = ConvGeometry.create((3, 2), (2, 1), padding, (1, 2))
+    axes = three_axes.three_axes(geometry, (7, 5))
+    assert axes.space == (1, 7, 5)
+    assert axes.out == (1, *geometry.output_shape((7, 5)))
+    assert (axes.kernel, axes.strides, axes.dilation) == ((1, 3, 2), (1, 2, 1), (1, 1, 2))
+    pads = geometry.pads((7, 5))
+    assert axes.before == (0, pads[0][0], pads[1][0])
+    assert axes.padded == (1, 7 + sum(pads[0]), 5 + sum(pads[1]))
+
+
+def test_oracle_of_padding_is_the_one_tensorflow_documents():
+    # ceil(size / stride) outputs, odd zero after.
+    assert naive.same_pads((5, 6), (3, 2), (1, 1), (1, 1)) == ((1, 1), (0, 1))
+    assert naive.same_pads((6,), (3,), (2,), (1,)) == ((0, 1),)
