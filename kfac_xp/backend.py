@@ -222,47 +222,42 @@ class KernelOp:
         """Which implementation would run on these arguments, and why."""
         if self._check is not None:
             self._check(*args, **kwargs)
-        return f"{self.name}: {self._choose(args, kwargs)[1]()}"
+        return f"{self.name}: {self._choose(args, kwargs)[1]}"
 
     def _choose(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Callable[..., Array], Callable[[], str]]:
+    ) -> tuple[Callable[..., Array], str]:
+        """What to call, and why."""
         forced = _forced.get()
         if forced == REFERENCE:
-            return self.reference, lambda: "reference, because `use_backend` asks for it"
-        candidate, refusal = self._candidate(args[0] if args else kwargs[self._first_parameter])
-        if forced is not None and (candidate is None or candidate.backend != forced):
-            raise ValueError(
-                f"`use_backend({forced!r})` cannot serve `{self.name}` here: {refusal or 'the '}"
-                f"{'' if candidate is None else f'arrays are served by {candidate.backend!r}'}. "
-                "Use `use_backend('reference')`, or none."
-            )
-        if candidate is None:
-            return self.reference, lambda: f"reference, because {refusal}"
-        backend = candidate.backend
-        if not candidate.accepts.holds(*args, **kwargs):
-            if forced is not None:
+            return self.reference, "reference, because `use_backend` asks for it"
+        kernel, refusal = self._kernel_for(args[0] if args else kwargs[self._first_parameter])
+        if kernel is not None and not kernel.accepts.holds(*args, **kwargs):
+            refusal = f"the {kernel.backend} kernel takes {kernel.accepts.words}"
+            kernel = None
+        if forced is not None:
+            if kernel is None or kernel.backend != forced:
+                refusal = (
+                    refusal or f"its arrays belong to the backend {kernel and kernel.backend!r}"
+                )
                 raise ValueError(
                     f"`use_backend({forced!r})` cannot serve this call of `{self.name}`: "
-                    f"the kernel takes {candidate.accepts.words}."
+                    f"{refusal}. Use `use_backend('reference')`, or none."
                 )
-            words = candidate.accepts.words
-            return self.reference, lambda: f"reference, because the {backend} kernel takes {words}"
-        if forced is not None:
-            return candidate.function, lambda: f"{backend}, because `use_backend` asks for it"
-        words = candidate.wins.words
-        if candidate.wins.holds(*args, **kwargs):
-            return candidate.function, lambda: f"{backend}, which was measured to win for {words}"
-        return (
-            self.reference,
-            lambda: f"reference, because {backend} was measured to win only for {words}",
-        )
+            return kernel.function, f"{forced}, because `use_backend` asks for it"
+        if kernel is None:
+            return self.reference, f"reference, because {refusal}"
+        if kernel.wins.holds(*args, **kwargs):
+            won = f"which was measured to win for {kernel.wins.words}"
+            return kernel.function, f"{kernel.backend}, {won}"
+        lost = f"{kernel.backend} was measured to win only for {kernel.wins.words}"
+        return self.reference, f"reference, because {lost}"
 
     @functools.cached_property
     def _first_parameter(self) -> str:
         return next(iter(inspect.signature(self.reference).parameters))
 
-    def _candidate(self, x: Array) -> tuple[Implementation | None, str]:
+    def _kernel_for(self, x: Array) -> tuple[Implementation | None, str]:
         backend, refusal = _kernel_backend(x)
         for implementation in self.implementations:
             if implementation.backend == backend:

@@ -23,7 +23,7 @@ from kfac_xp.typing import Array
 
 # Per-case gradients held at a time by the references, in elements: small enough for the cache,
 # large enough that one matrix product per chunk is worth its call.
-_CHUNK_ELEMENTS = 2**20
+_CHUNK_ELEMENTS = 2**18
 
 
 @KernelOp

@@ -137,7 +137,7 @@ class TestForcing:
         with (
             use_backend("numba"),
             pytest.raises(
-                ValueError, match="cannot serve this call of `squared_outer`: the kernel"
+                ValueError, match="cannot serve this call of `squared_outer`: the numba kernel"
             ),
         ):
             squared_outer(half, half)
