@@ -236,10 +236,9 @@ class KernelOp:
             refusal = f"the {kernel.backend} kernel takes {kernel.accepts.words}"
             kernel = None
         if forced is not None:
-            if kernel is None or kernel.backend != forced:
-                refusal = (
-                    refusal or f"its arrays belong to the backend {kernel and kernel.backend!r}"
-                )
+            if kernel is not None and kernel.backend != forced:
+                refusal = f"its arrays are served by {kernel.backend!r}"
+            if kernel is None or refusal:
                 raise ValueError(
                     f"`use_backend({forced!r})` cannot serve this call of `{self.name}`: "
                     f"{refusal}. Use `use_backend('reference')`, or none."
