@@ -2,12 +2,10 @@
 
 Everything K-FAC asks of a model is in `Linearization`: the outputs, what each layer got, and
 products of vectors with the network's Jacobian, from the left (`vjp`) and from the right (`jvp`).
-No automatic differentiation, and no array library by name: NumPy, CuPy, PyTorch, JAX and
-array-api-strict all run this file as it is.
+No automatic differentiation, and no array library by name: NumPy, CuPy, PyTorch and JAX run it.
 
 Every layer cuts its input into rows and multiplies them with a matrix. The rows of a convolution
-are image patches, one per location; those of a dense layer are the flattened cases. Only the
-cutting, and its transpose, tells the two kinds apart.
+are image patches, one per location; those of a dense layer are the flattened cases.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 Array = Any
+Arrays = dict[str, Array]  # {layer name: array}
 Params = Mapping[str, tuple[Array, Array]]  # {layer name: (kernel, bias)}
 
 
@@ -40,8 +39,8 @@ class Conv:
     def paste(self, patches: Array, shape: tuple[int, ...]) -> Array:
         """Transpose of `cut`: add patches up to images of the given shape."""
         kh, kw, _, _ = self.kernel_shape
-        rows = add_windows(patches, 1, kh, self.stride, length=shape[1])  # [N, H, W', kw * C_in]
-        return add_windows(rows, 2, kw, self.stride, length=shape[2])
+        rows = add_windows(patches, 1, kh, self.stride, shape[1])  # [N, H, W', kw * C_in]
+        return add_windows(rows, 2, kw, self.stride, shape[2])
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,13 @@ class Dense:
 
 
 class ConvNet:
-    """Two convolutions and a dense layer for images of 8 x 8 pixels, with tanh in between."""
+    """Two convolutions and two dense layers for 8 x 8 pixels, with tanh in between."""
 
     layers = (
         Conv("conv1", (3, 3, 1, 8)),  # -> [N, 8, 8, 8]
         Conv("conv2", (3, 3, 8, 16), stride=2),  # -> [N, 4, 4, 16]
-        Dense("fc", (4 * 4 * 16, 10)),  # -> [N, 10]
+        Dense("hidden", (4 * 4 * 16, 64)),  # -> [N, 64]
+        Dense("output", (64, 10)),  # -> [N, 10]
     )
 
     def initial_params(self, seed: int, xp: Any, dtype: Any, device: Any = None) -> Params:
@@ -88,30 +88,27 @@ class ConvNet:
 class Linearization:
     """The network near one point of parameter space, on one batch.
 
-    `outputs` are the logits, [N, 10]; `layer_inputs` has what each layer got, by name:
+    `outputs` are the logits, [N, 10]. `layer_inputs` is what each layer got, by its name: images
     [N, H, W, C_in] for a convolution, [N, d_in] for a dense layer.
     """
 
     def __init__(self, layers: tuple[Conv | Dense, ...], params: Params, images: Array) -> None:
-        xp = array_namespace(images)
         self.layers = layers
         self._matrices = {name: as_matrix(kernel) for name, (kernel, _) in params.items()}
-        self._inputs: dict[str, Array] = {}  # each layer's input, before any flattening
-        self._rows: dict[str, Array] = {}  # the same, cut: [..., d_in]
+        self._inputs: Arrays = {}  # each layer's input, before any flattening
+        self._rows: Arrays = {}  # the same, cut: [..., d_in]
         s = None
         for layer in layers:
-            x = images if s is None else xp.tanh(s)
+            x = images if s is None else array_namespace(s).tanh(s)
             rows = layer.cut(x)
             s = multiply(rows, self._matrices[layer.name]) + params[layer.name][1]
             self._inputs[layer.name], self._rows[layer.name] = x, rows
         self.outputs = s
         self.layer_inputs = {
-            y.name: (self._rows if isinstance(y, Dense) else self._inputs)[y.name] for y in layers
+            y.name: (self._inputs if isinstance(y, Conv) else self._rows)[y.name] for y in layers
         }
 
-    def vjp(
-        self, cotangents: Array, parameters: bool = True
-    ) -> tuple[Params | None, dict[str, Array]]:
+    def vjp(self, cotangents: Array, parameters: bool = True) -> tuple[Params | None, Arrays]:
         """Propagate `cotangents`, [N, 10], backwards.
 
         Returns the gradients of the parameters, summed over the cases (None unless `parameters`),
@@ -119,7 +116,7 @@ class Linearization:
         """
         xp = array_namespace(cotangents)
         gradients: dict[str, tuple[Array, Array]] = {}
-        preactivation_gradients: dict[str, Array] = {}
+        preactivation_gradients: Arrays = {}
         ds = cotangents
         for layer in reversed(self.layers):
             name = layer.name
@@ -141,8 +138,7 @@ class Linearization:
             kernel, bias = tangent[layer.name]
             moved = multiply(rows, as_matrix(kernel)) + bias
             if ds is not None:  # the images stay where they are, the other inputs move
-                dx = (1 - x * x) * ds
-                moved = moved + multiply(layer.cut(dx), self._matrices[layer.name])
+                moved = moved + multiply(layer.cut((1 - x * x) * ds), self._matrices[layer.name])
             ds = moved
         return ds
 
