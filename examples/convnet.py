@@ -97,7 +97,7 @@ class Linearization:
         self._matrices = {name: as_matrix(kernel) for name, (kernel, _) in params.items()}
         self._inputs: Arrays = {}  # each layer's input, before any flattening
         self._rows: Arrays = {}  # the same, cut: [..., d_in]
-        s = None
+        s: Array = None
         for layer in layers:
             x = images if s is None else array_namespace(s).tanh(s)
             rows = layer.cut(x)
@@ -132,7 +132,7 @@ class Linearization:
 
     def jvp(self, tangent: Params) -> Array:
         """Change of the logits, [N, 10], as the parameters move by `tangent`."""
-        ds = None
+        ds: Array = None
         for layer in self.layers:
             x, rows = self._inputs[layer.name], self._rows[layer.name]
             kernel, bias = tangent[layer.name]

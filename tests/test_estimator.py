@@ -223,6 +223,7 @@ def test_two_losses_add_their_gradients(rng):
     assert_close(layers.fisher_blocks["two"].output_factor.cov, ds.T @ ds / 6, 1e-12)
 
 
+@pytest.mark.more
 def test_statistics_from_arrays_are_those_of_the_model(xp, rng):
     params, x, targets = random_tanh_net(xp, rng)
     net = TanhNet(params, x)
@@ -257,6 +258,7 @@ def test_sources_are_consumed_one_at_a_time(rng):
     assert most == 2  # one source of each of the two layers
 
 
+@pytest.mark.more
 def test_state_continues_bit_for_bit(xp, rng, tmp_path):
     params, x, _ = random_tanh_net(xp, rng)
     first = kfac_xp.FisherEstimator(tanh_layers(params), 0.1, seed=1)

@@ -80,6 +80,7 @@ def test_one_step_by_explicit_matrices(rng):
     assert_close(info.loss, loss, 1e-12)
 
 
+@pytest.mark.more
 def test_a_loose_norm_constraint_changes_nothing(xp, rng):
     params, x, targets = random_tanh_net(xp, rng)
     results = []
@@ -111,6 +112,7 @@ def _gradient(params, x, targets):
     return net.vjp((p - np.eye(3)[targets]) / len(x))[0]
 
 
+@pytest.mark.more
 def test_towers_give_the_same_step_as_the_whole_batch(xp, rng):
     params, x, targets = random_tanh_net(xp, rng)
     optimizers = [kfac_xp.KfacOptimizer(tanh_layers(params), 0.1, 0.1, seed=4) for _ in range(2)]
@@ -205,6 +207,7 @@ def test_float32_stays_float32_and_arguments_are_not_written(xp, rng):
         assert factor.cov.dtype == xp.float32
 
 
+@pytest.mark.more
 def test_state_continues_bit_for_bit(xp, rng, tmp_path):
     params, x, targets = random_tanh_net(xp, rng)
 

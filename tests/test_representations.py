@@ -27,6 +27,7 @@ def low_rank(rng, n=20, rank=3, scale=1.0):
     return scale * x.T @ x / rank
 
 
+@pytest.mark.more
 def test_the_direct_rung(xp, rng):
     cov = low_rank(rng)
     inverse, report = inverse_of(xp, cov, 0.1, "float64")
@@ -38,6 +39,7 @@ def test_the_direct_rung(xp, rng):
     assert_close(report.condition, cond, 1e-4)
 
 
+@pytest.mark.more
 def test_a_rank_one_factor_without_damping_climbs_and_is_finite(xp, rng):
     cov = low_rank(rng, rank=1)
     inverse, report = inverse_of(xp, cov, 0.0)
@@ -56,6 +58,7 @@ def test_an_indefinite_matrix_is_clipped(xp, rng):
 
 
 @pytest.mark.parametrize("rung", ["jitter", "float64", "clipped eigenvalues"])
+@pytest.mark.more
 def test_every_rung_inverts(xp, rng, rung):
     average = averages.MovingAverage(xp.zeros((8, 8), dtype=xp.float32))
     cov = low_rank(rng, 8, 8) + 0.5 * np.eye(8)
@@ -95,6 +98,7 @@ def test_the_last_good_inverse_stays_with_a_warning(xp, rng, monkeypatch):
         fresh.update_inverses()
 
 
+@pytest.mark.more
 def test_one_damping_is_one_matrix_for_every_rung(xp, rng):
     """Also where float32 needs float64 to get there."""
     cov = low_rank(rng, n=30, rank=30, scale=1e3)
@@ -103,6 +107,7 @@ def test_one_damping_is_one_matrix_for_every_rung(xp, rng):
     assert_close(inverse, exact, 1e-4)
 
 
+@pytest.mark.more
 def test_decomposition_in_another_dtype_keeps_the_dtype_of_the_statistics(xp, rng):
     inverse, _ = inverse_of(xp, low_rank(rng), 0.1, decomposition_dtype=xp.float64)
     assert inverse.dtype == np.float32
