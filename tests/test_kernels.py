@@ -3,8 +3,10 @@
 import numba
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
-from kfac_xp import ConvGeometry
+import kfac_xp
+from kfac_xp import ConvGeometry, use_backend
 from kfac_xp.kernels import three_axes
 from kfac_xp.kernels.cpu import jit, squared_outer
 from tests import naive
@@ -45,6 +47,26 @@ def test_float32_is_added_up_in_float32():
     (code,) = add_squares.inspect_llvm().values()
     assert "fmul" in code
     assert "fpext" not in code
+
+
+def test_results_do_not_depend_on_the_number_of_threads(rng):
+    """Bit for bit, up to sizes where BLAS itself starts threads and the last bits are its own."""
+    images, outputs_grad = rng.normal(size=(6, 9, 9, 8)), rng.normal(size=(6, 9, 9, 16))
+    rows, grads = rng.normal(size=(64, 4, 64)), rng.normal(size=(64, 4, 48))
+    geometry = ConvGeometry.create((3, 3))
+    results = []
+    for threads in (1, 2):
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        with threadpool_limits(threads), use_backend("numba"):
+            results.append(
+                (
+                    kfac_xp.extract_patches(images, geometry),
+                    kfac_xp.squared_outer(rows, grads),
+                    kfac_xp.conv_squared_outer(images, outputs_grad, geometry, has_bias=True),
+                )
+            )
+    for one, two in zip(*results, strict=True):
+        assert np.array_equal(one, two)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 3))])
