@@ -1,6 +1,7 @@
 """Fixtures: every array library that is installed, and a seeded generator."""
 
 import importlib
+import importlib.util
 import os
 
 import numpy as np
@@ -47,14 +48,20 @@ def rng():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run the cases marked `more` everywhere but on JAX, which compiles every new shape."""
-    slow = [
-        item
-        for item in items
-        if item.get_closest_marker("more")
-        and getattr(item, "callspec", None) is not None
-        and item.callspec.params.get("xp") == "jax.numpy"
-    ]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+    """Leave out what cannot tell anything here.
+
+    Cases marked `more` do not run on JAX, which compiles every new shape. CuPy's do not run where
+    it is not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason.
+    """
+    no_cupy = importlib.util.find_spec("cupy") is None and "gpu" not in config.getoption("-m")
+
+    def tells_nothing(item):
+        if no_cupy and item.get_closest_marker("gpu"):
+            return True
+        library = getattr(item, "callspec", None) and item.callspec.params.get("xp")
+        return library == "jax.numpy" and item.get_closest_marker("more") is not None
+
+    left_out = [item for item in items if tells_nothing(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not tells_nothing(item)]
