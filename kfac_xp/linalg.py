@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
 import array_api_compat
+import numpy as np
 
 from kfac_xp.backend import array_namespace, device_of, library_of
 from kfac_xp.typing import Array, InverseMethod, Scalar
@@ -62,6 +63,17 @@ def add_to_diagonal(x: Array, damping: Scalar) -> Array:
     return x + damping * identity_like(x)
 
 
+def quiet_failures(x: Array) -> AbstractContextManager[object]:
+    """Context in which a failed decomposition is neither waited for nor warned about.
+
+    CuPy would wait for the device to see whether a solver failed; NumPy would warn of the
+    infinities and NaN that stand for the failure here, and at which callers look.
+    """
+    if array_api_compat.is_cupy_array(x):
+        return importlib.import_module("cupyx").errstate(linalg="ignore")
+    return np.errstate(divide="ignore", invalid="ignore", over="ignore")
+
+
 def psd_eigh(x: Array, clip: float | None = 0.0) -> tuple[Array, Array]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 
@@ -71,7 +83,7 @@ def psd_eigh(x: Array, clip: float | None = 0.0) -> tuple[Array, Array]:
     """
     xp = array_namespace(x)
     try:
-        with _no_waiting(x):
+        with quiet_failures(x):
             w, v = xp.linalg.eigh(x)
     except Exception as error:
         if not _is_linalg_error(error):
@@ -103,7 +115,7 @@ def cholesky(x: Array, damping: Scalar = 0.0) -> Array:
         factor, info = torch.linalg.cholesky_ex(damped)
         return torch.where(info == 0, factor, torch.full_like(factor, torch.nan))
     try:
-        with _no_waiting(x):
+        with quiet_failures(x):
             return xp.linalg.cholesky(damped)
     except Exception as error:
         if not _is_linalg_error(error):
@@ -146,7 +158,7 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
         return symmetrized(xp.matmul(xp.matrix_transpose(inverse_factor), inverse_factor))
     if method == "matrix_inverse":
         try:
-            with _no_waiting(x):
+            with quiet_failures(x):
                 return symmetrized(xp.linalg.inv(add_to_diagonal(x, damping)))
         except Exception as error:
             if not _is_linalg_error(error):
@@ -203,12 +215,3 @@ def _triangular_solver(library: str) -> Callable[..., Array] | None:
 def _is_linalg_error(error: Exception) -> bool:
     """True for the exception by which a library says that a decomposition failed."""
     return any("LinAlgError" in kind.__name__ for kind in type(error).__mro__)
-
-
-def _no_waiting(x: Array) -> AbstractContextManager[None]:
-    """Context in which CuPy does not wait for the device to see whether a solver failed."""
-    if array_api_compat.is_cupy_array(x):
-        import cupyx
-
-        return cupyx.errstate(linalg="ignore")
-    return nullcontext()

@@ -155,6 +155,7 @@ class FactorContract:
         second.load_state_dict(kfac_xp.load_state(tmp_path / "f.npz"))
         stale = [to_numpy(f.get_inverse(0.1).to_dense()) for f in (first, second)]
         assert np.array_equal(*stale)
+        assert first.info == second.info
         for factor in (first, second):
             factor.update_cov(**data, ema_decay=0.5)
         assert np.array_equal(to_numpy(first.cov), to_numpy(second.cov))

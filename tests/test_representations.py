@@ -80,6 +80,15 @@ def test_every_rung_inverts(xp, rng, rung):
         assert rep.attempt(xp.astype(average.value, xp.float64), rung) is None
 
 
+def test_a_singular_matrix_without_damping_fails_without_numpy_warnings(xp):
+    factor = kfac_xp.FullyConnectedKroneckerFactor(xp.zeros((2, 3)))
+    for exp in (-1, -0.5):
+        factor.register_matpower(exp, 0.0)
+    factor.make_covariance_update_op(0.5)()
+    with pytest.raises(RuntimeError, match="cannot be inverted at its damping"):
+        factor.update_inverses()
+
+
 def test_the_last_good_inverse_stays_with_a_warning(xp, rng, monkeypatch):
     factor = kfac_xp.FullyConnectedKroneckerFactor(xp.asarray(rng.normal(size=(5, 3))))
     factor.register_inverse(0.1)

@@ -99,7 +99,8 @@ class FisherFactor(abc.ABC):
             If no data is given and none is bound.
         """
         new_cov = self.compute_new_cov(**data)
-        return self.update_average(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)
+        self.update_average(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)
+        return self.cov
 
     def compute_new_cov(self, **data: Any) -> Array:
         """The moment of one batch: summed over sources, averaged over towers. Changes nothing."""
@@ -126,13 +127,11 @@ class FisherFactor(abc.ABC):
 
     def update_average(
         self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
-    ) -> Array:
-        """Take one step of the moving average towards `new_cov` and return the covariance."""
+    ) -> None:
+        """Take one step of the moving average towards `new_cov`."""
         self.require_finite(new_cov)
         self.instantiate_cov_variables()
-        average = self._require_average()
-        average.update(new_cov, decay=ema_decay, weight=ema_weight)
-        return average.value
+        self._require_average().update(new_cov, decay=ema_decay, weight=ema_weight)
 
     @property
     def cov(self) -> Array:
@@ -331,7 +330,7 @@ class FisherFactor(abc.ABC):
             found = ", ".join(f"`{name}`: {n}" for name, n in sizes.items())
             raise ValueError(
                 f"all towers of {self.name} must have the same number of cases; got {found}. "
-                "Use tower_strategy='concat' for towers of different sizes."
+                "A block made with tower_strategy='concat' joins towers of different sizes."
             )
 
     def release_data(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kfac_xp import linalg
@@ -113,12 +113,26 @@ class Dense(Representation):
         return list(self.cache.stored.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The matrix functions as last computed, by order of registration."""
-        return self.cache.state_dict()
+        """The matrix functions as last computed, by order of registration, and how."""
+        state: dict[str, Any] = {"stored": self.cache.state_dict()}
+        if self.decomposition is not None:
+            how = asdict(self.decomposition)
+            state["decomposition"] = how | {"rung": RUNGS.index(self.decomposition.rung)}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
         """Continue with saved matrix functions, or with none."""
-        self.cache.load_state_dict(state, like)
+        self.cache.load_state_dict(state.get("stored", {}), like)
+        self.decomposition = None
+        if "decomposition" in state:
+            how = state["decomposition"]
+            self.decomposition = Decomposition(
+                RUNGS[int(how["rung"])],
+                float(how["jitter"]),
+                float(how["residual"]),
+                float(how["condition"]),
+                int(how["num_updates"]),
+            )
 
     def eigendecomp(self, cov: Array) -> tuple[Array, Array]:
         """Clipped eigenvalues and eigenvectors of `cov`, kept until the next refresh."""
@@ -150,8 +164,9 @@ class Dense(Representation):
             dtype = xp.float64
         source = cast(cov, dtype)
         jitter = _relative_jitter(source) if rung == "jitter" else 0.0
-        arrays, checks = self._compute(source, jitter, clipped=clipped)
-        arrays = {request: cast(a, cov.dtype) for request, a in arrays.items()}
+        with linalg.quiet_failures(cov):
+            arrays, checks = self._compute(source, jitter, clipped=clipped)
+            arrays = {request: cast(a, cov.dtype) for request, a in arrays.items()}
         finite = xp.all(xp.stack([xp.all(xp.isfinite(a)) for a in arrays.values()]))
         place = {"dtype": source.dtype, "device": device_of(source)}
         residuals = [r for r, _ in checks] or [xp.zeros((), **place)]
