@@ -310,6 +310,12 @@ class DenseContract(FactorContract):
         assert factor.get_eigendecomp()[0] is kept
         factor.reset_eigendecomp()
         assert factor.get_eigendecomp()[0] is not kept
+        # An inverse update ends the keeping, too.
+        factor.update_cov(**self.make_data(xp, rng), ema_decay=0.0)
+        factor.register_inverse(0.1)
+        factor.update_inverses()
+        w, v = (to_numpy(a) for a in factor.get_eigendecomp())
+        assert_close((v * w) @ v.T, to_numpy(factor.cov), 1e-10)
 
 
 @pytest.mark.more

@@ -57,6 +57,16 @@ def test_an_indefinite_matrix_is_clipped(xp, rng):
     assert np.linalg.eigvalsh(inverse).min() > 0
 
 
+def test_the_jitter_is_added_and_reported(xp):
+    rep = Dense(FactorOptions())
+    request = Request("matpower", -1.0, DampingKey(0.0))
+    rep.register(request)
+    attempt = rep.attempt(xp.asarray([[4.0, 0.0], [0.0, 0.0]], dtype=xp.float64), "jitter")
+    jitter = 2 * np.finfo(np.float64).eps * 4
+    assert_close(attempt.arrays[request][1, 1], 1 / jitter, 1e-6)
+    assert_close(attempt.health[3], jitter, 1e-6)
+
+
 @pytest.mark.parametrize("rung", ["jitter", "float64", "clipped eigenvalues"])
 @pytest.mark.more
 def test_every_rung_inverts(xp, rng, rung):
