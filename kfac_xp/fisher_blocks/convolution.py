@@ -14,7 +14,6 @@ from kfac_xp.fisher_factors import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
     ConvOutputKroneckerFactor,
-    FisherFactor,
 )
 from kfac_xp.fisher_factors.convolution import images_shape, require_extract_patches_fn
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
@@ -208,18 +207,6 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
         """The block's damping divided by ``num_locations ** normalize_damping_power``."""
         return self._normalized_damping(self.num_locations)
 
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
-        """The moment of the input factor."""
-        towers = self._checked_inputs(inputs)
-        return {self.input_factor: self.input_factor.compute_new_cov(inputs=towers)}
-
-    def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
-    ) -> dict[FisherFactor, Array]:
-        """The moment of the output factor."""
-        towers = self._checked_grads(inputs, outputs_grads, source)
-        return {self.output_factor: self.output_factor.compute_new_cov(outputs_grads=[towers])}
-
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         geometry = self.geometry
         self.input_factor = self._factor(
@@ -300,19 +287,6 @@ class ConvDiagonalFB(_Convolution, DiagonalFB):
         self._require_factors()
         damping, power = read_damping(self._damping), self.options.normalize_damping_power
         return self.num_locations * normalize_damping(damping, self.num_locations, power)
-
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
-        """Nothing: the diagonal needs the gradients."""
-        self._checked_inputs(inputs)
-        return {}
-
-    def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
-    ) -> dict[FisherFactor, Array]:
-        """The moment of the diagonal."""
-        xs = self._checked_inputs(inputs)
-        grads = self._checked_grads(inputs, outputs_grads, source)
-        return {self.factor: self.factor.compute_new_cov(inputs=xs, outputs_grads=[grads])}
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         geometry = self.geometry

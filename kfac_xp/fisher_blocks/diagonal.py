@@ -29,6 +29,19 @@ class DiagonalFB(FisherBlock):
         self._require_factors()
         return read_damping(self._damping)
 
+    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
+        """Nothing: the diagonal needs the gradients."""
+        self._checked_inputs(inputs)
+        return {}
+
+    def source_moments(
+        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
+    ) -> dict[FisherFactor, Array]:
+        """The moment of the diagonal."""
+        xs = self._checked_inputs(inputs)
+        grads = self._checked_grads(inputs, outputs_grads, source)
+        return {self.factor: self.factor.compute_new_cov(inputs=xs, outputs_grads=[grads])}
+
     def register_matpower(self, exp: float) -> None:
         """Nothing is stored: powers are made from the covariance of now."""
         self._require_factors()

@@ -8,7 +8,6 @@ from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_factors import (
-    FisherFactor,
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
 )
@@ -48,18 +47,6 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
     ) -> None:
         super().__init__(layer_collection, name=name, **options)
         self.has_bias = bool(has_bias)
-
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
-        """The moment of the input factor."""
-        towers = self._checked_inputs(inputs)
-        return {self.input_factor: self.input_factor.compute_new_cov(tensors=[towers])}
-
-    def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
-    ) -> dict[FisherFactor, Array]:
-        """The moment of the output factor."""
-        towers = self._checked_grads(inputs, outputs_grads, source)
-        return {self.output_factor: self.output_factor.compute_new_cov(tensors=[towers])}
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         cls = FullyConnectedKroneckerFactor
@@ -106,20 +93,6 @@ class FullyConnectedDiagonalFB(DiagonalFB):
     ) -> None:
         super().__init__(layer_collection, name=name, **options)
         self.has_bias = bool(has_bias)
-
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
-        """Nothing: the diagonal needs the gradients."""
-        self._checked_inputs(inputs)
-        return {}
-
-    def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
-    ) -> dict[FisherFactor, Array]:
-        """The moment of the diagonal."""
-        xs = self._checked_inputs(inputs)
-        grads = self._checked_grads(inputs, outputs_grads, source)
-        moment = self.factor.compute_new_cov(inputs=xs, outputs_grads=[grads])
-        return {self.factor: moment}
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         cls = FullyConnectedDiagonalFactor

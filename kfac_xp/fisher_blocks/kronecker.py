@@ -48,6 +48,18 @@ class KroneckerProductFB(FisherBlock):
         root = as_scalar_like(self.damping, A.trace()) ** 0.5
         return compute_pi_adjusted_damping(A, G, root, self.options.pi_type)
 
+    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
+        """The moment of the input factor."""
+        towers = self._checked_inputs(inputs)
+        return _moment(self.input_factor, towers)
+
+    def source_moments(
+        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
+    ) -> dict[FisherFactor, Array]:
+        """The moment of the output factor."""
+        towers = self._checked_grads(inputs, outputs_grads, source)
+        return _moment(self.output_factor, towers)
+
     def register_matpower(self, exp: float) -> None:
         """Ask for a power of the damped block to be computed by inverse updates."""
         for side, factor in enumerate(self._require_factors().values()):
@@ -129,3 +141,9 @@ class FactorDamping:
 
     def __repr__(self) -> str:
         return f"the damping of {self.block.name}'s {('input', 'output')[self.side]} factor"
+
+
+def _moment(factor: FisherFactor, towers: list[Array]) -> dict[FisherFactor, Array]:
+    """The moment of a factor that is made from one kind of data, for one source."""
+    (name,) = factor.data_names
+    return {factor: factor.compute_new_cov(**{name: [towers]})}
