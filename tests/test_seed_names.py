@@ -98,6 +98,17 @@ def test_a_script_of_r1_4(xp, rng):
     assert float(xp.max(xp.abs((output.get_damped_inverse(0.1) @ eye) @ eye))) > 0
 
 
+def test_diagonal_factors_of_r1_8_multiply_elementwise(xp, rng):
+    x, ds = xp.asarray(rng.normal(size=(5, 3))), xp.asarray(rng.normal(size=(5, 2)))
+    factor = kfac_xp.FullyConnectedDiagonalFactor([x], [[ds]])
+    cov = factor.make_covariance_update_op(0.95)()
+    gradient = xp.asarray(rng.normal(size=(3, 2)))
+    product = factor.left_multiply_matpower(gradient, -1, lambda: 0.1)
+    assert float(xp.max(xp.abs(product - gradient / (cov + 0.1)))) < 1e-12
+    by_rows = factor.left_multiply_matpower(xp.reshape(gradient, (6, 1)), -1, lambda: 0.1)
+    assert float(xp.max(xp.abs(xp.reshape(by_rows, (3, 2)) - product))) < 1e-12
+
+
 def test_a_script_of_r1_8(rng):
     """Towers, callables for dampings, ops over the bound data."""
     towers = [rng.normal(size=(2, 4, 4, 2)) for _ in range(2)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac_xp.backend import array_namespace
 from kfac_xp.fisher_factors.base import FisherFactor
 from kfac_xp.representations import Decomposition, Dense, Diagonal
-from kfac_xp.typing import Array
+from kfac_xp.typing import Array, Damping
 
 
 class InverseProvidingFactor(FisherFactor):
@@ -64,3 +65,15 @@ class DiagonalFactor(FisherFactor):
     """
 
     representation = Diagonal
+
+    def left_multiply_matpower(self, x: Array, exp: float, damping_func: Damping) -> Array:
+        """``(cov + damping) ** exp`` times x, elementwise for an x of the covariance's shape.
+
+        That is how releases to r1.8 took x. Otherwise x has one row per parameter, [n, k], and is
+        multiplied by the diagonal matrix.
+        """
+        power = self.get_matpower(exp, damping_func)
+        if tuple(x.shape) != self.moment.shape:
+            return power.matmul(x)
+        xp = array_namespace(x)
+        return xp.reshape(power.matmul(xp.reshape(x, (-1,))), self.moment.shape)

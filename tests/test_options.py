@@ -1,0 +1,10 @@
+import pytest
+
+import kfac_xp
+
+
+def test_options():
+    with pytest.raises(ValueError, match="`pi_type` must be one of"):
+        kfac_xp.FactorOptions(pi_type="frobenius")
+    with pytest.raises(TypeError, match="unknown option 'debias'; the options are zero_debias"):
+        kfac_xp.LayerCollection(debias=False)
