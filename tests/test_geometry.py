@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_xp import ConvGeometry
@@ -20,6 +20,7 @@ def test_output_shapes_of_the_reference(case):
     assert geometry.output_shape(meta["in_spatial"]) == out
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     data=st.data(),
