@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,57 +200,43 @@ class KfacOptimizer:
         FloatingPointError
             If a gradient or statistic is not finite, where that can be read for free.
         """
-        self._require_layers("params", params)
-        update_cov = _is_due(self.cov_update_every, self.counter)
-        update_inverses = _is_due(self.invert_every, self.counter)
-        batch = None
-        data_sources: list[dict[str, list[Array]]] = []
         if (net is None) == (statistics is None):
             raise ValueError(
                 "pass either `net` (a linearised model) and `targets`, or `statistics` and "
                 f"`grads`; got {'neither' if net is None else 'both'}."
             )
-        if net is not None:
-            batch = Batch(self.layers, net, targets)
-            cases = batch.num_cases if batch_size is None else batch_size
-            if grads is None:
-                towers, preactivation_grads = batch.vjp(batch.data_cotangents(power=1.0))
-                data_sources = [preactivation_grads]
-                grads = self._mean_gradient(towers, cases)
-                loss = batch.loss() / cases
-        elif grads is None:
+        self._require_layers("params", params)
+        sources: Iterable[Mapping[str, list[Array]]] | None = None
+        batch = None if net is None else Batch(self.layers, net, targets)
+        if batch is not None and grads is None:
+            grads, loss, sources = self._data_gradient(batch, batch_size)
+        if grads is None:
             raise ValueError("`grads` must be given with `statistics`: there is no model to ask.")
         self._require_gradient(grads, params)
-
-        if update_cov and batch is None:
-            assert statistics is not None
+        update_cov = _is_due(self.cov_update_every, self.counter)
+        update_inverses = _is_due(self.invert_every, self.counter)
+        if update_cov and batch is None and statistics is not None:
             self.estimator.update_cov(statistics)
         elif update_cov and batch is not None:
             # The data's own cotangents have been sent already; they are what `empirical` needs.
-            known = data_sources if self.estimator.estimation_mode == "empirical" else []
-            sources = known or self.estimator.mode_sources(batch, generator)
+            if sources is None or self.estimator.estimation_mode != "empirical":
+                sources = self.estimator.mode_sources(batch, generator)
             self.estimator.average_sources(batch.layer_inputs(), sources)
         if update_inverses:
             self.estimator.update_inverses()
-
-        rate, momentum = self.learning_rate, self.momentum
-        grads = {name: grads[name] for name in params}
-        step = self.estimator.multiply_inverse(grads)
-        clip = self._clip(step, grads, rate)
-        velocity = map_vectors(lambda p: clip * p, step) if self.norm_constraint else step
-        if self._velocity is not None:
-            velocity = map_vectors(lambda v, p: momentum * v + p, self._velocity, velocity)
-        new_params = map_vectors(lambda w, v: w - rate * v, params, velocity)
+        velocity, clip = self._next_velocity({name: grads[name] for name in params})
+        rate = self.learning_rate
         info = StepInfo(
             step=self.counter,
             loss=loss,
             learning_rate=rate,
-            momentum=momentum,
+            momentum=self.momentum,
             damping=self.damping,
             clip=clip,
             updated_cov=update_cov,
             updated_inverses=update_inverses,
         )
+        new_params = map_vectors(lambda w, v: w - rate * v, params, velocity)
         self._velocity = velocity
         self.counter += 1
         return new_params, info
@@ -284,8 +270,12 @@ class KfacOptimizer:
     def _current_damping(self) -> Scalar:
         return _at(self._damping, self.counter)
 
-    def _mean_gradient(self, towers: list[Any], cases: int) -> dict[str, Params]:
-        """Gradient of the mean loss, from the towers' gradients of their summed losses."""
+    def _data_gradient(
+        self, batch: Batch, batch_size: int | None
+    ) -> tuple[dict[str, Params], Array, list[dict[str, list[Array]]]]:
+        """Gradient of the mean loss, that loss, and the gradients of the preactivations."""
+        cases = batch.num_cases if batch_size is None else batch_size
+        towers, preactivation_grads = batch.vjp(batch.data_cotangents(power=1.0))
         for grads in towers:
             if grads is None:
                 raise ValueError(
@@ -296,7 +286,18 @@ class KfacOptimizer:
         total = {name: towers[0][name] for name in self.layers.registered_variables}
         for grads in towers[1:]:
             total = map_vectors(lambda a, b: a + b, total, grads)
-        return map_vectors(lambda g: g / cases, total)
+        mean = map_vectors(lambda g: g / cases, total)
+        return mean, batch.loss() / cases, [preactivation_grads]
+
+    def _next_velocity(self, grads: Vectors) -> tuple[dict[str, Params], Scalar]:
+        """``momentum * v + clip * P g``, and the factor ``clip``."""
+        step = self.estimator.multiply_inverse(grads)
+        clip = self._clip(step, grads, self.learning_rate)
+        if self.norm_constraint is not None:
+            step = map_vectors(lambda p: clip * p, step)
+        if self._velocity is not None:
+            step = map_vectors(lambda v, p: self.momentum * v + p, self._velocity, step)
+        return step, clip
 
     def _clip(self, step: Vectors, grads: Vectors, rate: float) -> Scalar:
         """``min(1, sqrt(C / (rate**2 * <p, g>)))``, chosen on the device."""
