@@ -166,7 +166,7 @@ class BlockContract:
         vector = self.vector(xp, rng)
         kernel = vector[0] if isinstance(vector, tuple) else vector
         for bad in ((kernel, kernel), kernel[..., :-1]):
-            with pytest.raises(ValueError, match="`vector` must be"):
+            with pytest.raises(ValueError, match="vector` must be"):
                 block.multiply_inverse(bad)
 
     def test_out_of_order(self, xp, rng):

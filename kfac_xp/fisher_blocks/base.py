@@ -323,7 +323,7 @@ class FisherBlock(abc.ABC):
 
     def _require_vector(self, vector: Params) -> None:
         self._require_factors()
-        require_like("vector", vector, self._param_shapes)
+        require_like(f"{self.name}: vector", vector, self._param_shapes)
 
 
 def add_moments(total: dict[FisherFactor, Array], new: Mapping[FisherFactor, Array]) -> None:

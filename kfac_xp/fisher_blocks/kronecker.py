@@ -140,7 +140,7 @@ class FactorDamping:
         return self.block.factor_dampings()[self.side]
 
     def __repr__(self) -> str:
-        return f"the damping of {self.block.name}'s {('input', 'output')[self.side]} factor"
+        return f"FactorDamping({self.block.name}, {('input', 'output')[self.side]})"
 
 
 def _moment(factor: FisherFactor, towers: list[Array]) -> dict[FisherFactor, Array]:
