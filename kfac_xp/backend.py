@@ -117,6 +117,13 @@ def cast(x: Array, dtype: Any) -> Array:
     return array_namespace(x).astype(x, dtype, copy=False)
 
 
+def detached(x: Array) -> Array:
+    """`x` without PyTorch's record of how it was made, which an average would keep alive."""
+    if array_api_compat.is_torch_array(x) and x.requires_grad:
+        return x.detach()
+    return x
+
+
 def as_statistics(x: Array, dtype: Any = None) -> Array:
     """`x` in its statistics dtype; not copied when it has it already."""
     return cast(x, statistics_dtype(x, dtype))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfac_xp.averages import is_finite
-from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.backend import array_namespace, detached, device_of
 from kfac_xp.estimator import Batch, FisherEstimator
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection import LayerCollection
@@ -224,11 +224,12 @@ class KfacOptimizer:
             self.estimator.average_sources(batch.layer_inputs(), sources)
         if update_inverses:
             self.estimator.update_inverses()
-        velocity, clip = self._next_velocity({name: grads[name] for name in params})
+        grads = map_vectors(detached, {name: grads[name] for name in params})
+        velocity, clip = self._next_velocity(grads)
         rate = self.learning_rate
         info = StepInfo(
             step=self.counter,
-            loss=loss,
+            loss=None if loss is None else detached(loss),
             learning_rate=rate,
             momentum=self.momentum,
             damping=self.damping,
@@ -236,7 +237,7 @@ class KfacOptimizer:
             updated_cov=update_cov,
             updated_inverses=update_inverses,
         )
-        new_params = map_vectors(lambda w, v: w - rate * v, params, velocity)
+        new_params = map_vectors(lambda w, v: detached(w) - rate * v, params, velocity)
         self._velocity = velocity
         self.counter += 1
         return new_params, info

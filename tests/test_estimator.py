@@ -237,6 +237,24 @@ def test_statistics_from_arrays_are_those_of_the_model(xp, rng):
         assert_close(b.cov, to_numpy(a.cov), 1e-14, a.name)
 
 
+def test_damping_is_a_number_an_array_or_a_function(xp, rng):
+    params, x, _ = random_tanh_net(xp, rng)
+    results = []
+    for damping in (0.1, np.float64(0.1), xp.asarray(0.1, dtype=xp.float64), lambda: 0.1):
+        layers = kfac_xp.LayerCollection()
+        layers.register_fully_connected("one", params["one"])
+        layers.register_fully_connected("two", params["two"], approx="diagonal")
+        layers.register_categorical_predictive_distribution("out")
+        estimator = kfac_xp.FisherEstimator(layers, damping, seed=1)
+        estimator.update_cov(TanhNet(params, x))
+        estimator.update_inverses()
+        results.append(estimator.multiply_inverse(params))
+    for result in results[1:]:
+        for name in params:
+            for a, b in zip(results[0][name], result[name], strict=True):
+                assert_close(b, to_numpy(a), 1e-14, name)
+
+
 def test_sources_are_consumed_one_at_a_time(rng):
     """No more than one source's gradients exist at once, over all layers."""
     params, x, _ = random_tanh_net(np, rng)

@@ -207,6 +207,24 @@ def test_float32_stays_float32_and_arguments_are_not_written(xp, rng):
         assert factor.cov.dtype == xp.float32
 
 
+def test_nothing_keeps_the_graph_of_pytorch(rng):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    params, x, targets = random_tanh_net(torch, rng)
+    for pair in params.values():
+        for a in pair:
+            a.requires_grad_(True)
+    optimizer = kfac_xp.KfacOptimizer(tanh_layers(params), 0.1, 0.1, norm_constraint=1e-2)
+    for _ in range(2):
+        net = TanhNet(params, x)  # outputs and layer inputs belong to a graph
+        moved, info = optimizer.step(params, net, targets)
+    kept = [f.cov for f in optimizer.factors] + [
+        a for f in optimizer.factors for a in f.get_inv_vars()
+    ]
+    results = [a for pair in moved.values() for a in pair] + [info.loss, info.clip]
+    assert not any(a.requires_grad for a in kept + results)
+    assert all(a.requires_grad for pair in params.values() for a in pair)
+
+
 @pytest.mark.more
 def test_state_continues_bit_for_bit(xp, rng, tmp_path):
     params, x, targets = random_tanh_net(xp, rng)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from kfac_xp.averages import MovingAverage, is_finite
-from kfac_xp.backend import array_namespace, as_statistics, device_of, statistics_dtype
+from kfac_xp.backend import array_namespace, cast, detached, device_of, statistics_dtype
 from kfac_xp.batches import (
     Bound,
     Placeholder,
@@ -107,7 +107,7 @@ class FisherFactor(abc.ABC):
         total = None
         for towers in self._sources(**self._named(data)):
             moments = [
-                self.moment(*(as_statistics(a, self._like.dtype) for a in arrays))
+                self.moment(*(cast(detached(a), self._like.dtype) for a in arrays))
                 for arrays in towers
             ]
             mean = sum(moments[1:], start=moments[0]) / len(moments)
