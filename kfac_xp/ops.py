@@ -7,6 +7,7 @@ cases; dividing by the number of cases is the business of ``moments``.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 from kfac_xp.backend import (
@@ -258,12 +259,24 @@ def _one_float(*arrays: Array | None) -> bool:
     return {str(a.dtype) for a in arrays if a is not None} in ({"float32"}, {"float64"})
 
 
+# Multiply-adds of one case up to which BLAS computes its product on one thread. The squared outer
+# kernels are taken below it only: the bits of their results then do not depend on the number of
+# threads. (They win above it, too, and can be forced.)
+_ONE_THREAD = 2**18
+
+
 def _few_locations(rows: Array, grads: Array) -> bool:
-    return rows.ndim == 3 and 2 <= rows.shape[1] <= 16 and grads.shape[-1] >= 16
+    if rows.ndim != 3 or not 2 <= rows.shape[1] <= 16 or grads.shape[-1] < 16:
+        return False
+    return math.prod(rows.shape[1:]) * grads.shape[-1] <= _ONE_THREAD
 
 
 def _real_convolution(inputs: Array, outputs_grad: Array, geometry: ConvGeometry, **_: Any) -> bool:
-    return geometry.num_taps > 1 and geometry.num_locations(inputs.shape[1:-1]) > 1
+    num_locations = geometry.num_locations(inputs.shape[1:-1])
+    if geometry.num_taps == 1 or num_locations == 1:
+        return False
+    columns = geometry.num_taps * inputs.shape[-1]
+    return num_locations * columns * outputs_grad.shape[-1] <= _ONE_THREAD
 
 
 _CPU, _CUDA = "kfac_xp.kernels.cpu", "kfac_xp.kernels.cuda"
@@ -291,17 +304,24 @@ extract_patches.register(
     "cuda", f"{_CUDA}.patches:extract_patches", accepts=_PATCHES, wins=_UNMEASURED
 )
 
-# Measured 1.2 to 2.5 times as fast. With one location the reference is a single product, and ten
+# Measured 1.2 to 1.8 times as fast. With one location the reference is a single product, and ten
 # to a hundred times as fast; with many, or few channels, both spend their time in BLAS.
-_wins = Condition("2 to 16 locations and at least 16 columns of `grads`", _few_locations)
+_wins = Condition(
+    "2 to 16 locations, at least 16 columns of `grads` and at most 2**18 multiply-adds per case",
+    _few_locations,
+)
 squared_outer.register("numba", f"{_CPU}.squared_outer:squared_outer", accepts=_ROWS, wins=_wins)
 squared_outer.register(
     "cuda", f"{_CUDA}.squared_outer:squared_outer", accepts=_ROWS, wins=_UNMEASURED
 )
 
-# Measured 1.3 to 3.5 times as fast. With one tap both spend their time in BLAS; with one location
+# Measured 1.4 to 2.6 times as fast. With one tap both spend their time in BLAS; with one location
 # the reference is a single product.
-_wins = Condition("filters of more than one tap at more than one location", _real_convolution)
+_wins = Condition(
+    "filters of more than one tap at more than one location, with at most 2**18 multiply-adds per "
+    "case",
+    _real_convolution,
+)
 conv_squared_outer.register(
     "numba", f"{_CPU}.squared_outer:conv_squared_outer", accepts=_CONVOLUTION, wins=_wins
 )

@@ -6,7 +6,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import kfac_xp
-from kfac_xp import ConvGeometry, use_backend
+from kfac_xp import ConvGeometry
 from kfac_xp.kernels import three_axes
 from kfac_xp.kernels.cpu import jit, squared_outer
 from tests import naive
@@ -49,24 +49,39 @@ def test_float32_is_added_up_in_float32():
     assert "fpext" not in code
 
 
-def test_results_do_not_depend_on_the_number_of_threads(rng):
-    """Bit for bit, up to sizes where BLAS itself starts threads and the last bits are its own."""
-    images, outputs_grad = rng.normal(size=(6, 9, 9, 8)), rng.normal(size=(6, 9, 9, 16))
-    rows, grads = rng.normal(size=(64, 4, 64)), rng.normal(size=(64, 4, 48))
-    geometry = ConvGeometry.create((3, 3))
+def on_one_and_two_threads(op, *arrays, **keywords):
     results = []
     for threads in (1, 2):
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        with threadpool_limits(threads), use_backend("numba"):
-            results.append(
-                (
-                    kfac_xp.extract_patches(images, geometry),
-                    kfac_xp.squared_outer(rows, grads),
-                    kfac_xp.conv_squared_outer(images, outputs_grad, geometry, has_bias=True),
-                )
-            )
-    for one, two in zip(*results, strict=True):
+        with threadpool_limits(threads):
+            results.append(op(*arrays, **keywords))
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_results_do_not_depend_on_the_number_of_threads(rng, dtype):
+    """Bit for bit, wherever the registry picks a kernel; the sizes reach up to its bound."""
+    for n, t, d, c in ((64, 4, 256, 256), (128, 16, 128, 128), (9, 3, 700, 124), (33, 7, 129, 65)):
+        rows, grads = (rng.normal(size=(n, t, k)).astype(dtype) for k in (d, c))
+        assert "numba, which" in kfac_xp.explain(kfac_xp.squared_outer, rows, grads)
+        one, two = on_one_and_two_threads(kfac_xp.squared_outer, rows, grads)
+        assert np.array_equal(one, two), (n, t, d, c)
+    for size, c_in, c_out in ((9, 8, 44), (24, 3, 16), (3, 40, 80), (16, 1, 113)):
+        images = rng.normal(size=(7, size, size, c_in)).astype(dtype)
+        grads = rng.normal(size=(7, size, size, c_out)).astype(dtype)
+        arguments = (images, grads, ConvGeometry.create((3, 3)))
+        assert "numba, which" in kfac_xp.explain(kfac_xp.conv_squared_outer, *arguments)
+        one, two = on_one_and_two_threads(kfac_xp.conv_squared_outer, *arguments, has_bias=True)
+        assert np.array_equal(one, two), (size, c_in, c_out)
+        one, two = on_one_and_two_threads(kfac_xp.extract_patches, images, arguments[2])
         assert np.array_equal(one, two)
+
+
+def test_large_products_are_left_to_the_reference():
+    rows = np.ones((2, 8, 512), dtype=np.float32)
+    assert "at most 2**18" in kfac_xp.explain(kfac_xp.squared_outer, rows, rows)
+    images = np.ones((1, 32, 32, 16), dtype=np.float32)
+    geometry = ConvGeometry.create((3, 3))
+    assert "at most 2**18" in kfac_xp.explain(kfac_xp.conv_squared_outer, images, images, geometry)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 3))])

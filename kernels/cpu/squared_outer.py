@@ -4,8 +4,9 @@ The products themselves are NumPy's matrix products: BLAS is not to be beaten th
 compiled is what stands around them, the patches and the sum of squares, and all of it works on a
 few cases at a time, which stay in the cache from one step to the next.
 
-The compiled code is serial. Where a product is so large that BLAS splits it among threads, its last
-bits are BLAS's own, as they are in every matrix product of NumPy's.
+The compiled code is serial. Where the product of one case is so large that BLAS splits it among
+threads, its last bits are BLAS's own, as in every matrix product of NumPy's; the registry takes
+these kernels for smaller ones.
 """
 
 from __future__ import annotations
