@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kfac_xp.averages import is_finite
 from kfac_xp.backend import array_namespace, detached, device_of
 from kfac_xp.estimator import Batch, FisherEstimator
@@ -276,7 +278,7 @@ class KfacOptimizer:
     ) -> tuple[dict[str, Params], Array, list[dict[str, list[Array]]]]:
         """Gradient of the mean loss, that loss, and the gradients of the preactivations."""
         cases = batch.num_cases if batch_size is None else batch_size
-        towers, preactivation_grads = batch.vjp(batch.data_cotangents(power=1.0))
+        towers, preactivation_grads = batch.vjp(batch.data_cotangents())
         for grads in towers:
             if grads is None:
                 raise ValueError(
@@ -350,7 +352,14 @@ def _at(schedule: Schedule, step: int) -> float:
 
 def _is_due(period: Period, step: int) -> bool:
     value = period(step) if callable(period) else period
-    return value if isinstance(value, bool) else step % value == 0
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if value < 1:
+        raise ValueError(
+            f"a schedule of updates must return a bool or a positive number of steps; it returned "
+            f"{value!r} at step {step}."
+        )
+    return step % value == 0
 
 
 def _require_number(name: str, value: Any) -> None:

@@ -1,3 +1,5 @@
+import abc
+
 import numpy as np
 import pytest
 
@@ -14,21 +16,26 @@ def mat2d(vector):
     return np.concatenate([kernel.reshape(-1, kernel.shape[-1]), *(b[None] for b in bias)])
 
 
-class BlockContract:
+class BlockContract(abc.ABC):
     """What every block keeps. A subclass makes blocks and data."""
 
     num_locations = 1
 
-    def make(self, xp, rng, damping=0.3, **options):
-        """A block with factors, bound to data of its own."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def make_bare(self, xp, **options):
+        """A block without towers."""
 
+    @abc.abstractmethod
     def data(self, xp, rng, n=5):
         """``(inputs, gradients)`` of one batch."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def vector(self, xp, rng):
-        raise NotImplementedError
+        """A vector in the form of the layer's parameters."""
+
+    def make(self, xp, rng, damping=0.3, **options):
+        """A block with factors, bound to data of its own."""
+        return self.bind(self.make_bare(xp, **options), *self.data(xp, rng), damping)
 
     def bind(self, block, inputs, grads, damping):
         block.register_additional_tower(inputs, grads)
@@ -184,17 +191,10 @@ class BlockContract:
         with pytest.raises(ValueError, match="`damping` must be finite and not negative"):
             block.instantiate_factors([[grads]], -1.0)
 
-    def make_bare(self, xp):
-        """A block without towers."""
-        raise NotImplementedError
-
 
 class TestFullyConnectedKFACBasicFB(BlockContract):
     def make_bare(self, xp, **options):
         return kfac_xp.FullyConnectedKFACBasicFB(None, has_bias=True, **options)
-
-    def make(self, xp, rng, damping=0.3, **options):
-        return self.bind(self.make_bare(xp, **options), *self.data(xp, rng), damping)
 
     def data(self, xp, rng, n=5):
         return draw(xp, rng, n, 3), draw(xp, rng, n, 2)
@@ -232,9 +232,6 @@ class TestFullyConnectedDiagonalFB(BlockContract):
     def make_bare(self, xp, **options):
         return kfac_xp.FullyConnectedDiagonalFB(None, has_bias=False, **options)
 
-    def make(self, xp, rng, damping=0.3, **options):
-        return self.bind(self.make_bare(xp, **options), *self.data(xp, rng), damping)
-
     def data(self, xp, rng, n=5):
         return draw(xp, rng, n, 3), draw(xp, rng, n, 2)
 
@@ -250,9 +247,6 @@ class ConvBlockContract(BlockContract):
 
     def params(self, xp):
         return xp.zeros((2, 2, 2, 4)), xp.zeros((4,))
-
-    def make(self, xp, rng, damping=0.3, **options):
-        return self.bind(self.make_bare(xp, **options), *self.data(xp, rng), damping)
 
     def vector(self, xp, rng):
         return draw(xp, rng, 2, 2, 2, 4), draw(xp, rng, 4)

@@ -32,6 +32,16 @@ def test_names_and_blocks(xp):
     ]
 
 
+def test_factors_of_a_collection_are_bound_to_no_data(xp):
+    layers = kfac_xp.LayerCollection()
+    layers.register_fully_connected("dense", xp.zeros((2, 3)))
+    kfac_xp.FisherEstimator(layers, 0.1)
+    factor = layers.get_factors()[0]
+    for ask in (factor.make_covariance_update_op(0.9), factor.batch_size):
+        with pytest.raises(RuntimeError, match=r"dense\.input is bound to no data. Pass it: `upd"):
+            ask()
+
+
 def test_losses():
     layers = kfac_xp.LayerCollection()
     layers.register_softmax_cross_entropy_loss("classes", coeff=2.0)

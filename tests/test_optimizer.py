@@ -161,7 +161,7 @@ def test_schedules(rng):
         learning_rate=lambda step: 0.1 / (1 + step),
         damping=lambda step: 0.5**step,
         cov_update_every=2,
-        invert_every=lambda step: step in (0, 3),
+        invert_every=lambda step: np.bool_(step in (0, 3)),
     )
     infos = []
     for _ in range(5):
@@ -272,6 +272,13 @@ class TestBadInput:
                 kfac_xp.KfacOptimizer(
                     tanh_layers(params), **({"learning_rate": 0.1, "damping": 0.1} | keywords)
                 )
+
+    def test_a_schedule_that_returns_no_period(self, rng):
+        params, x, targets = random_tanh_net(np, rng)
+        optimizer = kfac_xp.KfacOptimizer(tanh_layers(params), 0.1, 0.1, invert_every=lambda s: 0)
+        with pytest.raises(ValueError, match="must return a bool or a positive number of steps"):
+            optimizer.step(params, TanhNet(params, x), targets)
+        assert optimizer.estimator.num_cov_updates == 0
 
     def test_a_parameter_that_is_not_registered(self, setting):
         optimizer, params, x, targets = setting

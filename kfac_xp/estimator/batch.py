@@ -85,11 +85,11 @@ class Batch:
             for name, loss in losses.items()
         )
 
-    def data_cotangents(self, power: float) -> list[dict[str, Any]]:
-        """Per tower, the gradient of each loss on the data times ``coeff ** power``."""
+    def data_cotangents(self) -> list[dict[str, Any]]:
+        """Per tower, the gradient of each loss on the data times ``coeff``."""
         return [
             {
-                name: _scaled(loss.gradient(), self._losses[name].coeff ** power)
+                name: _scaled(loss.gradient(), self._losses[name].coeff)
                 for name, loss in losses.items()
             }
             for losses in self._losses_on_data()

@@ -147,7 +147,7 @@ class FisherEstimator:
     ) -> Iterator[dict[str, list[Array]]]:
         """Gradients of the preactivations, source by source, for the estimation mode."""
         if self.estimation_mode == "empirical":
-            yield batch.vjp(batch.data_cotangents(power=1.0), parameters=False)[1]
+            yield batch.vjp(batch.data_cotangents(), parameters=False)[1]
             return
         if generator is None:
             generator = np.random.default_rng([self.seed, self.num_cov_updates])

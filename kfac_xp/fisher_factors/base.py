@@ -65,7 +65,7 @@ class FisherFactor(abc.ABC):
         self._like = xp.zeros(
             (), dtype=statistics_dtype(like, options.dtype), device=device_of(like)
         )
-        self._data: dict[str, Bound] | None = data
+        self._data = data
         self._average: MovingAverage | None = None
         self._powers = self.representation(options)
 
@@ -310,7 +310,7 @@ class FisherFactor(abc.ABC):
 
     def batch_size(self, source: int = 0) -> int:
         """Number of cases of the bound data: summed over the towers of one source."""
-        return sum(int(tower.shape[0] or 0) for tower in self._bound()[self.data_names[-1]][source])
+        return sum(tower.shape[0] for tower in self._bound()[self.data_names[-1]][source])
 
     def check_partial_batch_sizes(self) -> None:
         """Check that all towers of all sources of the bound data have as many cases.
@@ -332,10 +332,6 @@ class FisherFactor(abc.ABC):
                 f"all towers of {self.name} must have the same number of cases; got {found}. "
                 "A block made with tower_strategy='concat' joins towers of different sizes."
             )
-
-    def release_data(self) -> None:
-        """Let go of the bound arrays; statistics then come through `update_cov` with data."""
-        self._data = None
 
     # ------------------------------------------------------------------ state
 
@@ -363,10 +359,6 @@ class FisherFactor(abc.ABC):
 
     def _require(self, name: str, array: Array, shape: Sequence[int | str], why: str) -> Array:
         """Check one array against the shape that it must have."""
-        if isinstance(array, Placeholder):
-            raise RuntimeError(
-                f"{self.name} is bound to a placeholder: pass the data to `update_cov`."
-            )
         require_same_place(name, array, self._like, self.name)
         require_shape(name, array, shape, why)
         return array
@@ -380,8 +372,9 @@ class FisherFactor(abc.ABC):
             )
         return data
 
-    def _bound(self) -> dict[str, Bound]:
-        if self._data is None:
+    def _bound(self) -> dict[str, Any]:
+        """The arrays that the factor was made from."""
+        if any(isinstance(example_of(bound), Placeholder) for bound in self._data.values()):
             raise RuntimeError(
                 f"{self.name} is bound to no data. Pass it: "
                 f"`update_cov({', '.join(f'{n}=...' for n in self.data_names)}, ema_decay=...)`."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kfac_xp.batches import array_like, as_sources, as_towers, bind, example_of, require_same_place
+from kfac_xp.batches import as_sources, as_towers, bind, example_of, require_same_place
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import require_as_many_towers, towers_of
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
@@ -319,7 +319,7 @@ def _require_images(
 def _checked_mask(mask: Array | None, shape: tuple[int, ...], like: Array) -> Array | None:
     if mask is None:
         return None
-    require_same_place("patch_mask", mask, array_like(like), "the factor")
+    require_same_place("patch_mask", mask, like, "the factor")
     if tuple(mask.shape) != shape:
         raise ValueError(
             f"`patch_mask` must have the shape of the filter without its outputs, {shape}; "
