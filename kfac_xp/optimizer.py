@@ -10,9 +10,10 @@ import numpy as np
 
 from kfac_xp.averages import is_finite
 from kfac_xp.backend import array_namespace, detached, device_of
-from kfac_xp.estimator import Batch, FisherEstimator
+from kfac_xp.estimator import FisherEstimator
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection import LayerCollection
+from kfac_xp.linearized_batch import LinearizedBatch
 from kfac_xp.params import as_arrays, inner_product, map_vectors, param_shapes
 from kfac_xp.randomness import Generator
 from kfac_xp.typing import Array, Params, Scalar, Schedule, Vectors
@@ -209,7 +210,7 @@ class KfacOptimizer:
             )
         self._require_layers("params", params)
         sources: Iterable[Mapping[str, list[Array]]] | None = None
-        batch = None if net is None else Batch(self.layers, net, targets)
+        batch = None if net is None else LinearizedBatch(self.layers, net, targets)
         if batch is not None and grads is None:
             grads, loss, sources = self._data_gradient(batch, batch_size)
         if grads is None:
@@ -274,7 +275,7 @@ class KfacOptimizer:
         return _at(self._damping, self.counter)
 
     def _data_gradient(
-        self, batch: Batch, batch_size: int | None
+        self, batch: LinearizedBatch, batch_size: int | None
     ) -> tuple[dict[str, Params], Array, list[dict[str, list[Array]]]]:
         """Gradient of the mean loss, that loss, and the gradients of the preactivations."""
         cases = batch.num_cases if batch_size is None else batch_size

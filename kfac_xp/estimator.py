@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.batches import as_sources, as_towers
-from kfac_xp.estimator.batch import Batch
 from kfac_xp.fisher_blocks import FisherBlock, add_moments, average_in
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.layer_collection import LayerCollection
+from kfac_xp.linearized_batch import LinearizedBatch
 from kfac_xp.randomness import Generator, as_generator
 from kfac_xp.representations import require_damping
 from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar, Vectors
@@ -134,7 +134,7 @@ class FisherEstimator:
             inputs, sources = self._from_arrays(statistics)
             self.average_sources(inputs, sources, ema_decay=ema_decay, ema_weight=ema_weight)
             return
-        batch = Batch(self.layers, statistics, targets)
+        batch = LinearizedBatch(self.layers, statistics, targets)
         self.average_sources(
             batch.layer_inputs(),
             self.mode_sources(batch, generator),
@@ -143,7 +143,7 @@ class FisherEstimator:
         )
 
     def mode_sources(
-        self, batch: Batch, generator: Generator | None = None
+        self, batch: LinearizedBatch, generator: Generator | None = None
     ) -> Iterator[dict[str, list[Array]]]:
         """Gradients of the preactivations, source by source, for the estimation mode."""
         if self.estimation_mode == "empirical":

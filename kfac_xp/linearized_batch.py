@@ -14,7 +14,7 @@ from kfac_xp.typing import Array, Linearization
 _NEEDS = {"gradients": ("evaluate", "gradient", "sample"), "empirical": ("evaluate", "gradient")}
 
 
-class Batch:
+class LinearizedBatch:
     """One batch of a linearised model, over towers, with its losses.
 
     Parameters
