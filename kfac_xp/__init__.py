@@ -21,13 +21,24 @@ from kfac_xp.fisher_blocks import (
 from kfac_xp.fisher_factors import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
+    ConvInputMultiKF,
+    ConvInputSUAKroneckerFactor,
     ConvOutputKroneckerFactor,
+    ConvOutputMultiKF,
     DenseSquareMatrixFactor,
     DiagonalFactor,
+    DiagonalKroneckerFactor,
+    DiagonalMultiKF,
     FisherFactor,
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
+    FullyConnectedMultiKF,
     InverseProvidingFactor,
+    NaiveDiagonalFactor,
+    NaiveFullFactor,
+    ScaleAndShiftDiagonalFactor,
+    ScaleAndShiftFactor,
+    ScaleAndShiftFullFactor,
 )
 from kfac_xp.geometry import ConvGeometry
 from kfac_xp.layer_collection import LayerCollection
@@ -43,9 +54,12 @@ from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
 from kfac_xp.optimizer import KfacOptimizer, StepInfo
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import (
+    IndexedSlices,
     column_to_tensors,
     layer_params_to_mat2d,
     mat2d_to_layer_params,
+    matmul_diag_sparse,
+    matmul_sparse_dense,
     tensors_to_column,
 )
 from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
@@ -66,6 +80,7 @@ __all__ = [
     "Diag",
     "FactorOptions",
     "FullMatrix",
+    "IndexedSlices",
     "KroneckerProduct",
     "LinearOperator",
     "MovingAverage",
@@ -74,18 +89,31 @@ __all__ = [
     "compute_pi_tracenorm",
     "layer_params_to_mat2d",
     "mat2d_to_layer_params",
+    "matmul_diag_sparse",
+    "matmul_sparse_dense",
     "normalize_damping",
     "tensors_to_column",
     # factors
     "ConvDiagonalFactor",
     "ConvInputKroneckerFactor",
+    "ConvInputMultiKF",
+    "ConvInputSUAKroneckerFactor",
     "ConvOutputKroneckerFactor",
+    "ConvOutputMultiKF",
     "DenseSquareMatrixFactor",
     "DiagonalFactor",
+    "DiagonalKroneckerFactor",
+    "DiagonalMultiKF",
     "FisherFactor",
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
+    "FullyConnectedMultiKF",
     "InverseProvidingFactor",
+    "NaiveDiagonalFactor",
+    "NaiveFullFactor",
+    "ScaleAndShiftDiagonalFactor",
+    "ScaleAndShiftFactor",
+    "ScaleAndShiftFullFactor",
     # blocks
     "ConvDiagonalFB",
     "ConvKFCBasicFB",

@@ -118,6 +118,64 @@ def split_towers(array: Array, sizes: Sequence[int]) -> list[Array]:
     return [array[end - size : end, ...] for size, end in zip(sizes, ends, strict=True)]
 
 
+def with_uses(name: str, tower: Any, num_uses: int | None, ndim: int) -> Array:
+    """The uses of a layer on one tower as an array [U, N, ...].
+
+    Parameters
+    ----------
+    tower
+        A list over uses of arrays [N, ...], an array [U, N, ...], or one [U * N, ...] in which the
+        cases of the first use come first.
+    num_uses
+        U; needed for the last form, and checked for the others.
+    ndim
+        Number of axes of the data of one use.
+
+    Raises
+    ------
+    ValueError
+        If uses differ in shape, their number is not `num_uses`, or it cannot be known.
+    """
+    if isinstance(tower, (list, tuple)):
+        shapes = {tuple(x.shape) for x in tower}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"`{name}` must hold one array per use of the layer, all of one shape; "
+                f"got shapes {sorted(shapes)}."
+            )
+        stacked = array_namespace(*tower).stack(list(tower))
+    elif tower.ndim == ndim + 1:
+        stacked = tower
+    elif tower.ndim != ndim:
+        raise ValueError(
+            f"`{name}` must be a list over uses of arrays with {ndim} axes, or one array with "
+            f"{ndim + 1} axes, uses first; got shape {tuple(tower.shape)}."
+        )
+    elif num_uses is None:
+        raise ValueError(
+            f"`{name}` of shape {tuple(tower.shape)} does not tell how often the layer was used. "
+            "Pass a list over uses, an array [num_uses, N, ...], or `num_uses`."
+        )
+    elif tower.shape[0] % num_uses:
+        raise ValueError(
+            f"`{name}` must have a multiple of `num_uses`={num_uses} rows, use after use; "
+            f"got shape {tuple(tower.shape)}."
+        )
+    else:
+        shape = (num_uses, tower.shape[0] // num_uses, *tower.shape[1:])
+        stacked = array_namespace(tower).reshape(tower, shape)
+    if num_uses is not None and stacked.shape[0] != num_uses:
+        raise ValueError(
+            f"`{name}` must hold `num_uses`={num_uses} uses of the layer; got {stacked.shape[0]}."
+        )
+    return stacked
+
+
+def uses_folded(x: Array) -> Array:
+    """[U, N, ...] as [U * N, ...]: uses as if they were cases."""
+    return array_namespace(x).reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+
+
 def require_shape(name: str, array: Array, shape: Sequence[int | str], why: str) -> None:
     """Refuse an array whose shape does not follow `shape`: ints are fixed, names are free.
 

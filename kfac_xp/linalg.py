@@ -46,6 +46,38 @@ def append_homog(x: Array, homog_value: float = 1.0) -> Array:
     return xp.concat([x, ones], axis=-1)
 
 
+def bincount(ids: Array, num_bins: int, like: Array) -> Array:
+    """How often each of ``0 ... num_bins - 1`` occurs among integers [N]: shape [num_bins].
+
+    Of the dtype of `like`. Made by sorting, without an array of N times `num_bins`; NaN if an
+    integer is out of range.
+    """
+    xp = array_namespace(ids, like)
+    edges = xp.arange(num_bins + 1, device=device_of(ids))
+    below = xp.searchsorted(xp.sort(xp.astype(ids, edges.dtype)), edges)
+    counts = xp.astype(below[1:] - below[:-1], like.dtype)
+    all_counted = (below[0] == 0) & (below[-1] == ids.shape[0])
+    return xp.where(all_counted, counts, xp.full_like(counts, xp.nan))
+
+
+def add_rows(rows: Array, indices: Array, num_rows: int) -> Array:
+    """Matrix [num_rows, d] of the sums of the `rows` [k, d] with each index [k], zero elsewhere."""
+    xp = array_namespace(rows, indices)
+    total = xp.zeros((num_rows, rows.shape[1]), dtype=rows.dtype, device=device_of(rows))
+    if array_api_compat.is_jax_array(rows):
+        return total.at[indices].add(rows)
+    if array_api_compat.is_torch_array(rows):
+        return total.index_add(0, indices, rows)
+    if array_api_compat.is_numpy_array(rows):
+        np.add.at(total, indices, rows)
+        return total
+    if array_api_compat.is_cupy_array(rows):
+        importlib.import_module("cupyx").scatter_add(total, indices, rows)
+        return total
+    bins = xp.arange(num_rows, dtype=indices.dtype, device=device_of(rows))
+    return xp.matmul(xp.astype(bins[:, None] == indices[None, :], rows.dtype), rows)
+
+
 def kron(a: Array, b: Array) -> Array:
     """Kronecker product of two matrices."""
     xp = array_namespace(a, b)
@@ -92,6 +124,20 @@ def psd_eigh(x: Array, clip: float | None = 0.0) -> tuple[Array, Array]:
         return v[0, :], v
     # A maximum against a Python scalar is not in the oldest standard that is served here.
     return (w if clip is None else xp.where(w < clip, xp.full_like(w, clip), w)), v
+
+
+def svd(x: Array) -> tuple[Array, Array, Array]:
+    """``(U, singular values, V^T)`` of a square matrix; NaN where it does not converge."""
+    xp = array_namespace(x)
+    try:
+        with quiet_failures(x):
+            u, s, vh = xp.linalg.svd(x)
+    except Exception as error:
+        if not _is_linalg_error(error):
+            raise
+        u = xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x))
+        return u, u[0, :], u
+    return u, s, vh
 
 
 def eigen_power(w: Array, v: Array, exp: float, damping: Scalar) -> Array:

@@ -7,7 +7,8 @@ from typing import Any
 
 from kfac_xp.backend import array_namespace, device_of
 from kfac_xp.linalg import kron
-from kfac_xp.typing import Array
+from kfac_xp.params import IndexedSlices, matmul_diag_sparse
+from kfac_xp.typing import Array, Scalar
 
 
 class LinearOperator(abc.ABC):
@@ -61,14 +62,23 @@ class LinearOperator(abc.ABC):
         return (self.domain_dimension, self.domain_dimension)
 
     def matmul(self, x: Array, adjoint: bool = False) -> Array:
-        """``M @ x``, or ``M.T @ x``."""
+        """``M @ x``, or ``M.T @ x``; `IndexedSlices` only if M is diagonal."""
         op = self.T if adjoint else self
+        if isinstance(x, IndexedSlices):
+            if not isinstance(op, Diag):
+                raise TypeError(
+                    f"a {type(self).__name__} mixes rows, so its product with `IndexedSlices` is "
+                    "not sparse. Pass `x.to_dense()`, or multiply from the right."
+                )
+            return matmul_diag_sparse(op.entries, x)
         self._require("x", x, axis=0)
         return op._left(x[:, None])[:, 0] if x.ndim == 1 else op._left(x)
 
     def matmul_right(self, x: Array, adjoint: bool = False) -> Array:
-        """``x @ M``, or ``x @ M.T``."""
+        """``x @ M``, or ``x @ M.T``; of `IndexedSlices`, the stored rows times M."""
         op = self.T if adjoint else self
+        if isinstance(x, IndexedSlices):
+            return x.with_values(op.matmul_right(x.values))
         self._require("x", x, axis=-1)
         return op._right(x[None, :])[0, :] if x.ndim == 1 else op._right(x)
 
@@ -228,6 +238,107 @@ class KroneckerProduct(LinearOperator):
     def _right(self, x: Array) -> Array:
         xp = array_namespace(x)
         return xp.matrix_transpose(self.T._left(xp.matrix_transpose(x)))
+
+
+class RepeatedBlock(LinearOperator):
+    """``kron(I_J, M)``: one block J times along the diagonal, and perhaps a last entry."""
+
+    def __init__(self, block: Array, times: int, corner: Array | None = None) -> None:
+        self.block, self.times, self.corner = block, times, corner
+
+    @property
+    def domain_dimension(self) -> int:
+        """Number of rows and columns."""
+        return self.times * self.block.shape[0] + (self.corner is not None)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the entries."""
+        return self.block.dtype
+
+    @property
+    def T(self) -> RepeatedBlock:  # noqa: N802
+        """The transpose."""
+        transposed = array_namespace(self.block).matrix_transpose(self.block)
+        return RepeatedBlock(transposed, self.times, self.corner)
+
+    def to_dense(self) -> Array:
+        """The matrix, mostly zeros."""
+        n = self.domain_dimension
+        xp = array_namespace(self.block)
+        return self._left(xp.eye(n, dtype=self.dtype, device=device_of(self.block)))
+
+    def trace(self) -> Array:
+        """Sum of the diagonal, 0-d."""
+        total = self.times * array_namespace(self.block).linalg.trace(self.block)
+        return total if self.corner is None else total + self.corner
+
+    def diagonal(self) -> Array:
+        """The diagonal, shape [n]."""
+        xp = array_namespace(self.block)
+        entries = xp.tile(xp.linalg.diagonal(self.block), (self.times,))
+        if self.corner is None:
+            return entries
+        return xp.concat([entries, xp.reshape(self.corner, (1,))])
+
+    def _left(self, x: Array) -> Array:
+        xp = array_namespace(self.block, x)
+        c, k = self.block.shape[0], x.shape[1]
+        blocks = xp.reshape(x[: self.times * c, :], (self.times, c, k))
+        product = xp.reshape(xp.matmul(self.block, blocks), (self.times * c, k))
+        if self.corner is None:
+            return product
+        return xp.concat([product, self.corner * x[self.times * c :, :]])
+
+    def _right(self, x: Array) -> Array:
+        xp = array_namespace(x)
+        return xp.matrix_transpose(self.T._left(xp.matrix_transpose(x)))
+
+
+class RankOneUpdate(LinearOperator):
+    """``M + coefficient * outer(vector, vector)``."""
+
+    def __init__(self, base: LinearOperator, vector: Array, coefficient: Scalar) -> None:
+        self.base, self.vector, self.coefficient = base, vector, coefficient
+
+    @property
+    def domain_dimension(self) -> int:
+        """Number of rows and columns."""
+        return self.base.domain_dimension
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the entries."""
+        return self.base.dtype
+
+    @property
+    def T(self) -> RankOneUpdate:  # noqa: N802
+        """The transpose."""
+        return RankOneUpdate(self.base.T, self.vector, self.coefficient)
+
+    def to_dense(self) -> Array:
+        """The matrix, shape [n, n]."""
+        outer = self.vector[:, None] * self.vector[None, :]
+        return self.base.to_dense() + self.coefficient * outer
+
+    def trace(self) -> Array:
+        """Sum of the diagonal, 0-d."""
+        square = array_namespace(self.vector).sum(self.vector * self.vector)
+        return self.base.trace() + self.coefficient * square
+
+    def diagonal(self) -> Array:
+        """The diagonal, shape [n]."""
+        return self.base.diagonal() + self.coefficient * self.vector * self.vector
+
+    def _left(self, x: Array) -> Array:
+        xp = array_namespace(self.vector, x)
+        along = xp.matmul(self.vector[None, :], x)
+        return self.base._left(x) + self.coefficient * self.vector[:, None] * along
+
+    def _right(self, x: Array) -> Array:
+        xp = array_namespace(self.vector, x)
+        along = xp.matmul(x, self.vector[:, None])
+        return self.base._right(x) + self.coefficient * along * self.vector[None, :]
 
 
 LinearOperatorFullMatrix = FullMatrix

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from kfac_xp.typing import Initial, InverseMethod, PiType, TowerStrategy
+from kfac_xp.typing import EigMethod, Initial, InverseMethod, PiType, TowerStrategy
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class FactorOptions:
         Eigenvalues of a covariance below this become this.
     posdef_inv_method
         ``"cholesky"``, ``"matrix_inverse"`` or ``"eig"``.
+    posdef_eig_method
+        How a factor of a series block decomposes its correlation over time: ``"self_adjoint"``
+        (absolute eigenvalues) or ``"svd"``.
     dtype
         Dtype of the statistics; that of the data, and at least float32, if None.
     decomposition_dtype
@@ -41,6 +44,16 @@ class FactorOptions:
     tower_strategy
         ``"separate"`` averages the moments of the towers, ``"concat"`` joins the towers along the
         batch first. They differ only if towers differ in size.
+    assume_zero_mean_activations
+        `ConvInputSUAKroneckerFactor` leaves out the mean of the activations.
+    subtract_mean_contrib_from_cov
+        Whether it then still subtracts the mean's square from the covariance.
+    sub_sample_inputs, inputs_to_extract_patches_factor
+        Whether `ConvInputKroneckerFactor` keeps only a random part of each batch's cases, and what
+        part (rounded up).
+    sub_sample_patches, max_num_patches, max_num_patches_per_dimension
+        Whether it keeps only some random patches, at most so many, and at most so many per entry
+        of a patch (rounded up).
     """
 
     zero_debias: bool = True
@@ -53,11 +66,20 @@ class FactorOptions:
     pi_type: PiType = "tracenorm"
     normalize_damping_power: float | None = 1.0
     tower_strategy: TowerStrategy = "separate"
+    posdef_eig_method: EigMethod = "self_adjoint"
+    assume_zero_mean_activations: bool = False
+    subtract_mean_contrib_from_cov: bool = True
+    sub_sample_inputs: bool = False
+    sub_sample_patches: bool = False
+    inputs_to_extract_patches_factor: float = 0.2
+    max_num_patches: int = 10_000_000
+    max_num_patches_per_dimension: float = 3.0
 
     def __post_init__(self) -> None:
         choices = {
             "initial": Initial,
             "posdef_inv_method": InverseMethod,
+            "posdef_eig_method": EigMethod,
             "pi_type": PiType,
             "tower_strategy": TowerStrategy,
         }
@@ -65,6 +87,14 @@ class FactorOptions:
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ValueError(f"`{name}` must be one of {get_args(allowed)}; got {value!r}.")
+        if not 0 < self.inputs_to_extract_patches_factor <= 1:
+            raise ValueError(
+                "`inputs_to_extract_patches_factor` must be in (0, 1], a part of the cases; "
+                f"got {self.inputs_to_extract_patches_factor!r}."
+            )
+        for name in ("max_num_patches", "max_num_patches_per_dimension"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)!r}.")
 
     def keywords(self) -> dict[str, Any]:
         """The fields as keyword arguments for a factor."""

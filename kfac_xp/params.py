@@ -4,17 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from kfac_xp.backend import array_namespace, require_one_place
+from kfac_xp.linalg import add_rows
 from kfac_xp.typing import Array, Params, Vectors
+
+
+@dataclass(frozen=True)
+class IndexedSlices:
+    """Some rows of a matrix that is zero elsewhere: the gradient of an embedding.
+
+    Rows whose index occurs several times are added up.
+
+    Parameters
+    ----------
+    values : shape [k, d]
+    indices : integers of shape [k]
+        Row of each value.
+    dense_shape
+        ``(num_rows, d)``.
+    """
+
+    values: Array
+    indices: Array
+    dense_shape: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix."""
+        return self.dense_shape
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the values."""
+        return self.values.dtype
+
+    def with_values(self, values: Array) -> IndexedSlices:
+        """Other values in the same rows."""
+        return IndexedSlices(values, self.indices, (self.dense_shape[0], int(values.shape[-1])))
+
+    def to_dense(self) -> Array:
+        """The matrix."""
+        return add_rows(self.values, self.indices, self.dense_shape[0])
+
+
+def matmul_sparse_dense(a: IndexedSlices, b: Array) -> IndexedSlices:
+    """``a @ b`` for sparse rows a: the stored rows times the matrix."""
+    return a.with_values(array_namespace(a.values, b).matmul(a.values, b))
+
+
+def matmul_diag_sparse(d: Array, a: IndexedSlices) -> IndexedSlices:
+    """``diag(d) @ a`` for sparse rows a: each stored row times the entry of its index."""
+    scales = array_namespace(d, a.values).take(d, a.indices, axis=0)
+    return a.with_values(scales[:, None] * a.values)
 
 
 def layer_params_to_mat2d(params: Params) -> Array:
     """A layer's parameters, or a vector like them, as a matrix [d_in (+ 1), d_out].
 
     A kernel ``[..., d_in, d_out]`` keeps its last axis and merges the others row-major, so a
-    convolution's rows are taps, then input channels. A bias becomes the last row.
+    convolution's rows are taps, then input channels. A bias becomes the last row. `IndexedSlices`
+    are a matrix already, and are returned as they are.
     """
+    if isinstance(params, IndexedSlices):
+        return params
     kernel, bias = _split(params)
     xp = array_namespace(kernel)
     mat = xp.reshape(kernel, (-1, kernel.shape[-1]))
@@ -23,6 +78,8 @@ def layer_params_to_mat2d(params: Params) -> Array:
 
 def mat2d_to_layer_params(template: Params, mat: Array) -> Params:
     """Inverse of `layer_params_to_mat2d`; `template` gives the shapes."""
+    if isinstance(mat, IndexedSlices):
+        return mat
     kernel, bias = _split(template)
     xp = array_namespace(mat)
     if bias is None:
@@ -61,7 +118,12 @@ def require_like(name: str, vector: Params, shapes: tuple[tuple[int, ...], ...])
             f"`{name}` must be {form} {wanted}, as the layer's parameters are; "
             f"got {' and '.join(map(str, given))}."
         )
-    require_one_place(**{f"{name}[{i}]": a for i, a in enumerate(arrays)})
+    require_one_place(
+        **{
+            f"{name}[{i}]": a.values if isinstance(a, IndexedSlices) else a
+            for i, a in enumerate(arrays)
+        }
+    )
 
 
 def param_shapes(params: Params) -> tuple[tuple[int, ...], ...]:

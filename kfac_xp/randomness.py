@@ -63,6 +63,15 @@ def normal(generator: Generator, shape: Sequence[int], like: Array) -> Array:
     return source.normal(tuple(shape))
 
 
+def subset(generator: Generator, total: int, number: int, like: Array) -> Array:
+    """`number` different integers below `total`, in random order, on the device of `like`."""
+    source, xp = as_generator(generator), array_namespace(like)
+    if isinstance(source, np.random.Generator):
+        order = np.argsort(source.random(total), kind="stable")[:number]
+        return xp.asarray(order, device=device_of(like))
+    return xp.argsort(source.uniform((total,)))[:number]
+
+
 def _moved(draws: np.ndarray, like: Array) -> Array:
     xp = array_namespace(like)
     return xp.asarray(draws, dtype=like.dtype, device=device_of(like))

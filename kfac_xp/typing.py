@@ -36,6 +36,7 @@ Sources: TypeAlias = Array | Iterable[Array | Iterable[Array]]
 """One array, a list over sources, or a list over sources of lists over towers."""
 
 InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig"]
+EigMethod: TypeAlias = Literal["self_adjoint", "svd"]
 PiType: TypeAlias = Literal["tracenorm", "off"]
 Initial: TypeAlias = Literal["zeros", "identity"]
 TowerStrategy: TypeAlias = Literal["separate", "concat"]

@@ -18,6 +18,10 @@ _OPTIONS = {
     "PI_TYPE": "pi_type",
     "POSDEF_INV_METHOD": "posdef_inv_method",
     "TOWER_STRATEGY": "tower_strategy",
+    "POSDEF_EIG_METHOD": "posdef_eig_method",
+    "ASSUME_ZERO_MEAN_ACTIVATIONS": "assume_zero_mean_activations",
+    "SUBTRACT_MEAN_CONTRIB_FROM_COV": "subtract_mean_contrib_from_cov",
+    "_INPUTS_TO_EXTRACT_PATCHES_FACTOR": "inputs_to_extract_patches_factor",
 }
 
 

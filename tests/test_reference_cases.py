@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
-from tests.cases import assert_close, every, load, options
+from tests.cases import assert_close, every, load, options, to_numpy
 
 RTOL = {"float64": 1e-7, "float32": 5e-4}
 OLD_RTOL = {"float64": 1e-6, "float32": 5e-4}
@@ -36,11 +36,28 @@ class Data:
         kernel = self("vector.0")
         return (kernel, self("vector.1")) if "in.vector.1" in self.arrays else kernel
 
+    def ids(self, key, batch):
+        return self.xp.asarray(self.arrays[f"in.{key}"][batch].astype(np.int64))
+
     def factor_data(self, batch):
         name = self.meta["cls"]
-        if name == "FullyConnectedKroneckerFactor":
+        if name in ("FullyConnectedKroneckerFactor", "FullyConnectedMultiKF"):
             return {"tensors": self.grads(batch, "tensor")}
-        if name == "ConvInputKroneckerFactor":
+        if name in ("DiagonalKroneckerFactor", "DiagonalMultiKF"):
+            read = self if self.meta["dense"] else self.ids
+            return {
+                "tensors": [
+                    [read(f"t{s}{t}", batch) for t in range(self.towers)]
+                    for s in range(self.sources)
+                ]
+            }
+        if name.startswith("Naive"):
+            keys = [k for k in ("w", "b") if f"in.{k}_s0" in self.arrays]
+            grads = [tuple(self(f"{k}_s{s}", batch) for k in keys) for s in range(self.sources)]
+            return {"params_grads": grads, "batch_size": self.meta["batch_size"]}
+        if name.startswith("ScaleAndShift"):
+            return {"inputs": self("inputs", batch), "outputs_grads": self("grads", batch)}
+        if name in ("ConvInputKroneckerFactor", "ConvInputSUAKroneckerFactor"):
             return {"inputs": self.inputs(batch)}
         if name == "ConvOutputKroneckerFactor":
             return {"outputs_grads": self.grads(batch)}
@@ -56,6 +73,11 @@ def arguments(meta):
         "dilation_rate",
         "extract_patches_fn",
         "has_bias",
+        "num_uses",
+        "one_hot_depth",
+        "broadcast_dims_scale",
+        "broadcast_dims_shift",
+        "has_shift",
     )
     return {name: meta[name] for name in names if name in meta}
 
@@ -68,6 +90,11 @@ def arguments(meta):
         "factor_conv_input_kronecker",
         "factor_conv_output_kronecker",
         "factor_conv_diagonal",
+        "factor_naive",
+        "factor_diagonal_kronecker",
+        "factor_multi",
+        "factor_scale_and_shift",
+        "factor_conv_input_sua",
     ),
 )
 def test_factor(xp, file, case, dtype):
@@ -77,8 +104,13 @@ def test_factor(xp, file, case, dtype):
     factor = cls(**data.factor_data(0), **arguments(meta), **options(meta))
     for exp in meta["exps"]:
         factor.register_matpower(exp, damping)
-    factor.register_cholesky(damping)
-    factor.register_cholesky_inverse(damping)
+    is_sua = meta["cls"] == "ConvInputSUAKroneckerFactor"
+    if not is_sua:
+        factor.register_cholesky(damping)
+        factor.register_cholesky_inverse(damping)
+    if meta.get("option"):
+        factor.register_cov_dt1()
+        getattr(factor, f"register_option{meta['option']}quants")(damping)
     for batch in range(3):
         factor.update_cov(
             **data.factor_data(batch),
@@ -90,12 +122,22 @@ def test_factor(xp, file, case, dtype):
     factor.update_inverses()
     assert_close(factor.cov, arrays["out.cov_3"], rtol, "cov_3")
     assert factor.cov.dtype == data.dtype
+    if meta.get("option"):
+        assert_option_quantities(factor, damping, meta["option"], arrays, rtol)
+    order = channels_first(meta) if is_sua else slice(None)
     for key, expected in arrays.items():
         kind, _, suffix = key.removeprefix("out.").partition("matpower_")
-        if key.startswith(("in.", "out.cov", "out.total")):
+        if key.startswith(("in.", "out.cov", "out.total", "out.option")):
             continue
-        if kind == "left_multiply_":
-            actual = factor.left_multiply_matpower(data("left_x"), float(suffix), damping)
+        if key == "out.mu_3":
+            actual = factor.mu
+        elif key == "out.full_cov_dense":
+            actual = to_numpy(factor.get_cov_as_linear_operator().to_dense())[order][:, order]
+        elif kind == "left_multiply_":
+            x = data("left_x")
+            if is_sua:
+                x = xp.asarray(to_numpy(x)[np.argsort(order)])
+            actual = to_numpy(factor.left_multiply_matpower(x, float(suffix), damping))[order]
         elif kind == "right_multiply_":
             actual = factor.right_multiply_matpower(data("right_x"), float(suffix), damping)
         else:
@@ -107,7 +149,34 @@ def test_factor(xp, file, case, dtype):
                 assert key.removesuffix("_diag") == "out.cholesky_inverse"
                 op = factor.get_cholesky_inverse(damping)
             actual = op.diagonal() if key.endswith("_diag") else op.to_dense()
+            if is_sua:
+                actual = to_numpy(actual)[order][:, order]
         assert_close(actual, expected, rtol, key)
+
+
+def channels_first(meta):
+    """For the reference's order of a patch, channel by channel, the places in ours, tap by tap."""
+    *kernel, channels, _ = meta["filter_shape"]
+    taps = int(np.prod(kernel))
+    order = np.arange(taps * channels).reshape(taps, channels).T.ravel()
+    return np.append(order, taps * channels) if meta["has_bias"] else order
+
+
+def assert_option_quantities(factor, damping, option, arrays, rtol):
+    """The columns are defined up to sign and order, so compare what they multiply to."""
+    assert_close(factor.cov_dt1, arrays["out.cov_dt1_3"], rtol, "cov_dt1")
+    out = {k.removeprefix(f"out.option{option}_"): v for k, v in arrays.items()}
+    if option == 1:
+        lower, psi = map(to_numpy, factor.get_option1quants(damping))
+        assert_close((lower * psi) @ lower.T, (out["L"] * out["psi"]) @ out["L"].T, rtol, "L")
+        assert_close(lower @ lower.T, out["L"] @ out["L"].T, rtol, "L L^T")
+        assert_close(np.sort(psi), np.sort(out["psi"]), rtol, "psi")
+        return
+    projection, basis, mu = map(to_numpy, factor.get_option2quants(damping))
+    assert_close(projection, out["P"], rtol, "P")
+    assert_close((basis * mu) @ basis.T, (out["K"] * out["mu"]) @ out["K"].T, rtol, "K")
+    assert_close(basis @ basis.T, out["K"] @ out["K"].T, rtol, "K K^T")
+    assert_close(np.sort(mu), np.sort(out["mu"]), rtol, "mu")
 
 
 def make_block(xp, meta, data, **changes):

@@ -4,6 +4,7 @@ from kfac_xp.fisher_factors.base import FisherFactor, refresh_factors
 from kfac_xp.fisher_factors.convolution import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
+    ConvInputSUAKroneckerFactor,
     ConvOutputKroneckerFactor,
 )
 from kfac_xp.fisher_factors.forms import (
@@ -12,19 +13,43 @@ from kfac_xp.fisher_factors.forms import (
     InverseProvidingFactor,
 )
 from kfac_xp.fisher_factors.fully_connected import (
+    DiagonalKroneckerFactor,
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
+)
+from kfac_xp.fisher_factors.generic import NaiveDiagonalFactor, NaiveFullFactor
+from kfac_xp.fisher_factors.multi_use import (
+    ConvInputMultiKF,
+    ConvOutputMultiKF,
+    DiagonalMultiKF,
+    FullyConnectedMultiKF,
+)
+from kfac_xp.fisher_factors.scale_and_shift import (
+    ScaleAndShiftDiagonalFactor,
+    ScaleAndShiftFactor,
+    ScaleAndShiftFullFactor,
 )
 
 __all__ = [
     "ConvDiagonalFactor",
     "ConvInputKroneckerFactor",
+    "ConvInputMultiKF",
+    "ConvInputSUAKroneckerFactor",
     "ConvOutputKroneckerFactor",
+    "ConvOutputMultiKF",
     "DenseSquareMatrixFactor",
     "DiagonalFactor",
+    "DiagonalKroneckerFactor",
+    "DiagonalMultiKF",
     "FisherFactor",
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
+    "FullyConnectedMultiKF",
     "InverseProvidingFactor",
+    "NaiveDiagonalFactor",
+    "NaiveFullFactor",
+    "ScaleAndShiftDiagonalFactor",
+    "ScaleAndShiftFactor",
+    "ScaleAndShiftFullFactor",
     "refresh_factors",
 ]

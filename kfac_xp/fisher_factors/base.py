@@ -59,15 +59,16 @@ class FisherFactor(abc.ABC):
         example = example_of(data[self.data_names[0]])
         like = array_like(example)
         xp = array_namespace(like)
+        dtype = statistics_dtype(like, options.dtype)
         self.name = name or f"{type(self).__name__}_{next(_counters[type(self).__name__])}"
         self.moment = moment
         self.options = options
-        self._like = xp.zeros(
-            (), dtype=statistics_dtype(like, options.dtype), device=device_of(like)
-        )
+        self._like = xp.zeros((), dtype=dtype, device=device_of(like))
         self._data = data
         self._average: MovingAverage | None = None
-        self._powers = self.representation(options)
+        self._powers = self._make_powers(options)
+        self.users: list[str] = []
+        """Names of the blocks that use the factor: several if it is shared."""
 
     # ------------------------------------------------------------------ statistics
 
@@ -106,10 +107,7 @@ class FisherFactor(abc.ABC):
         """The moment of one batch: summed over sources, averaged over towers. Changes nothing."""
         total = None
         for towers in self._sources(**self._named(data)):
-            moments = [
-                self.moment(*(cast(detached(a), self._like.dtype) for a in arrays))
-                for arrays in towers
-            ]
+            moments = [self.moment(*map(self._prepared, arguments)) for arguments in towers]
             mean = sum(moments[1:], start=moments[0]) / len(moments)
             total = mean if total is None else total + mean
         if total is None:
@@ -142,16 +140,7 @@ class FisherFactor(abc.ABC):
         RuntimeError
             Before the first update, unless an `initial` other than zeros was given.
         """
-        average = self._average
-        if average is None and self.options.initial != "zeros":
-            self.instantiate_cov_variables()
-            average = self._average
-        if average is None or not average.has_value:
-            raise RuntimeError(
-                f"{self.name} has no covariance yet. Call `update_cov`, or run the function that "
-                "`make_covariance_update_op` returns, first."
-            )
-        return average.value
+        return self._powers.cov_of(self._value())
 
     def get_cov(self) -> Array:
         """The running second moment: [n, n], or for a diagonal factor one entry per parameter.
@@ -171,14 +160,13 @@ class FisherFactor(abc.ABC):
 
     def get_cov_as_linear_operator(self) -> LinearOperator:
         """The covariance of now, undamped, as an operator."""
-        return self._powers.operator(self.cov)
+        return self._powers.operator(self._value())
 
     def instantiate_cov_variables(self) -> None:
         """Allocate the average, if the first update has not done so."""
         if self._average is None:
-            initial = self.representation.initial_cov(self.moment.shape, self.options, self._like)
             self._average = MovingAverage(
-                initial,
+                self._powers.initial_value(self.moment.shape, self._like),
                 zero_debias=self.options.zero_debias,
                 starts_defined=self.options.initial != "zeros",
             )
@@ -225,9 +213,7 @@ class FisherFactor(abc.ABC):
 
     def instantiate_inv_variables(self) -> None:
         """Let everything registered be read before the first refresh, as the identity."""
-        self._powers.instantiate(
-            self.representation.initial_cov(self.moment.shape, self.options, self._like)
-        )
+        self._powers.instantiate(self._powers.initial_value(self.moment.shape, self._like))
 
     def update_inverses(self) -> None:
         """Recompute everything registered from the covariance and the dampings of now.
@@ -354,8 +340,31 @@ class FisherFactor(abc.ABC):
     # ------------------------------------------------------------------ for subclasses
 
     @abc.abstractmethod
-    def _sources(self, *args: Any, **data: Any) -> Iterator[list[tuple[Array, ...]]]:
+    def _sources(self, *args: Any, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
         """For each source, the moment's arguments of each tower, checked."""
+
+    def _make_powers(self, options: FactorOptions) -> Representation:
+        return self.representation(options)
+
+    def _prepared(self, argument: Any) -> Any:
+        """An argument of the moment: arrays of floats in the statistics' dtype, all detached."""
+        if argument is None or isinstance(argument, int):
+            return argument
+        array = detached(argument)
+        if not array_namespace(array).isdtype(array.dtype, "real floating"):
+            return array
+        return cast(array, self._like.dtype)
+
+    def _value(self) -> Array:
+        """What the moving average keeps now: the covariance and what goes with it."""
+        if self._average is None and self.options.initial != "zeros":
+            self.instantiate_cov_variables()
+        if self._average is None or not self._average.has_value:
+            raise RuntimeError(
+                f"{self.name} has no covariance yet. Call `update_cov`, or run the function that "
+                "`make_covariance_update_op` returns, first."
+            )
+        return self._average.value
 
     def _require(self, name: str, array: Array, shape: Sequence[int | str], why: str) -> Array:
         """Check one array against the shape that it must have."""
@@ -387,7 +396,7 @@ class FisherFactor(abc.ABC):
         return self._average
 
     def _serve(self, request: Request) -> LinearOperator:
-        return self._powers.serve(request, lambda: self.cov, self.name)
+        return self._powers.serve(request, self._value, self.name)
 
     def __repr__(self) -> str:
         return f"<{self.name}: {type(self).__name__} of shape {list(self.moment.shape)}>"
@@ -402,7 +411,7 @@ def refresh_factors(factors: Iterable[FisherFactor]) -> None:
     items = []
     for factor in factors:
         if factor._powers.needs_refresh:
-            factor.cov  # noqa: B018  (says so if there is none yet)
+            factor._value()  # says so if there is none yet
         if factor._average is not None:
             items.append((factor.name, factor._powers, factor._average))
     refresh(items)

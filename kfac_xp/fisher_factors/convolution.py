@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from kfac_xp.backend import array_namespace
 from kfac_xp.batches import as_sources, as_towers, bind, example_of, require_same_place
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import require_as_many_towers, towers_of
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
-from kfac_xp.moments import ConvDiagonalMoment, ConvInputMoment, ConvOutputMoment
+from kfac_xp.moments import (
+    ConvDiagonalMoment,
+    ConvInputMoment,
+    ConvInputSUAMoment,
+    ConvOutputMoment,
+)
 from kfac_xp.options import FactorOptions
+from kfac_xp.randomness import Generator, as_generator, subset
+from kfac_xp.representations import SpatiallyUncorrelated
 from kfac_xp.typing import Array, Sources, Towers
 
 
@@ -40,15 +51,22 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         name is checked against the geometry.
     has_bias
         Append 1 to each patch.
+    sub_sample_inputs, sub_sample_patches
+        Keep a random part of the cases, or of the patches; None takes the options' value. How
+        many is set by options; the average is over what was kept.
     patch_mask : shape [*kernel, C_in]
         Multiplies each patch, before the 1 is appended.
+    generator
+        Draws the subsamples: a seed, or a generator. With a seed the draws of an update depend on
+        it and on the number of updates before, and on nothing else.
     **options
         Fields of `FactorOptions`, and ``name``.
 
     Raises
     ------
     ValueError
-        If channels are not last or do not agree with the filter, or the geometry is impossible.
+        If channels are not last or do not agree with the filter, the geometry is impossible, or
+        there is no `generator` to subsample with.
     NotImplementedError
         If `extract_patches_fn` is an unknown name.
 
@@ -69,8 +87,11 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         data_format: str | None = None,
         extract_patches_fn: str | None = None,
         has_bias: bool = False,
+        sub_sample_inputs: bool | None = None,
+        sub_sample_patches: bool | None = None,
         patch_mask: Array | None = None,
         *,
+        generator: Generator | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
@@ -81,14 +102,58 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         data = {"inputs": [as_towers("inputs", inputs)]}
         _require_images("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
         moment = ConvInputMoment(geometry, c_in, bool(has_bias))
-        super().__init__(moment, data, FactorOptions().changed(**options), name)
+        given = {
+            key: value
+            for key, value in (
+                ("sub_sample_inputs", sub_sample_inputs),
+                ("sub_sample_patches", sub_sample_patches),
+            )
+            if value is not None
+        }
+        all_options = FactorOptions().changed(**(options | given))
+        if (all_options.sub_sample_inputs or all_options.sub_sample_patches) and generator is None:
+            raise ValueError(
+                "`generator` must be given to subsample: a seed, or a numpy.random.Generator."
+            )
+        super().__init__(moment, data, all_options, name)
         self.patch_mask = _checked_mask(patch_mask, (*kernel, c_in), self._like)
+        self.generator = generator
 
-    def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Array, ...]]]:
+    def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Any, ...]]]:
         xs = towers_of("inputs", inputs)
         for t, x in enumerate(xs):
             self._require_inputs(f"inputs[{t}]", x)
-        yield [(x,) if self.patch_mask is None else (x, self.patch_mask) for x in xs]
+        yield [self._arguments(x, t) for t, x in enumerate(xs)]
+
+    def _arguments(self, x: Array, tower: int) -> tuple[Any, ...]:
+        """The images, the mask and the rows to keep; the last two None for all."""
+        options = self.options
+        if not (options.sub_sample_inputs or options.sub_sample_patches):
+            return (x, self.patch_mask, None)
+        generator = self._generator_for(tower)
+        if options.sub_sample_inputs:
+            part = options.inputs_to_extract_patches_factor
+            kept_cases = subset(generator, x.shape[0], math.ceil(x.shape[0] * part), x)
+            x = array_namespace(x).take(x, kept_cases, axis=0)
+        kept = None
+        if options.sub_sample_patches:
+            geometry = self.moment.geometry
+            num_rows = x.shape[0] * geometry.num_locations(x.shape[1:-1])
+            per_entry = options.max_num_patches_per_dimension
+            entries = geometry.num_taps * self.moment.in_channels
+            most = min(options.max_num_patches, math.ceil(per_entry * entries))
+            if most < num_rows:
+                kept = subset(generator, num_rows, most, x)
+        return (x, self.patch_mask, kept)
+
+    def _generator_for(self, tower: int) -> Generator:
+        """A seed gives draws that depend on it, the update and the tower, and on nothing else."""
+        generator = self.generator
+        assert generator is not None
+        if not isinstance(generator, int):
+            return as_generator(generator)
+        updates = 0 if self._average is None else self._average.num_updates
+        return np.random.default_rng([generator, updates, tower])
 
     def _require_inputs(self, name: str, x: Array) -> None:
         moment = self.moment
@@ -97,6 +162,92 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         require_locations(name, x, moment.geometry)
 
     moment: ConvInputMoment
+
+
+class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
+    """Kronecker factor for the input side of a convolution, with uncorrelated pixels.
+
+    KFC's "spatially uncorrelated activations": pixels at different positions are taken to be
+    uncorrelated, so that the second moment of a patch follows from the covariance and the mean of
+    the channels, estimated over all cases and input positions (padding and strides play no role):
+
+        F = kron(I_J, cov) + h h^T,   h = kron(ones(J), mu)  (and a final 1 for a bias)
+
+    with J taps. Rows and columns are in the order of the kernel's rows, taps first. The covariance
+    is centred batch by batch; `cov` and `mu` are averaged alike. It serves powers 1 and -1, the
+    inverse by the Sherman-Morrison formula, and no Cholesky factors.
+
+    Parameters
+    ----------
+    inputs : arrays of shape [N, *space, C_in]
+        List index is tower.
+    filter_shape
+        ``(*kernel, C_in, C_out)``.
+    has_bias
+        Append a row and column for the bias.
+    **options
+        Fields of `FactorOptions`, and ``name``. With `assume_zero_mean_activations`, h is left out
+        (and the bias's entry is the damping alone).
+
+    Raises
+    ------
+    ValueError
+        If the inputs do not have the filter's axes and channels, or a power is not 1 or -1.
+    NotImplementedError
+        If a Cholesky factor is asked for.
+
+    References
+    ----------
+    Grosse and Martens (2016), arXiv:1602.01407, section 4.2, theorem 4 and equation 35.
+    """
+
+    data_names = ("inputs",)
+    representation = SpatiallyUncorrelated
+    _powers: SpatiallyUncorrelated
+
+    def __init__(
+        self,
+        inputs: Towers,
+        filter_shape: Sequence[int],
+        has_bias: bool = False,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        *kernel, c_in, _ = filter_shape
+        self.geometry = ConvGeometry.create(kernel)
+        self.has_bias = bool(has_bias)
+        data = {"inputs": [as_towers("inputs", inputs)]}
+        _require_images("inputs[0]", example_of(data["inputs"]), self.geometry, c_in, filter_shape)
+        moment = ConvInputSUAMoment(c_in)
+        super().__init__(moment, data, FactorOptions().changed(**options), name)
+
+    @property
+    def mu(self) -> Array:
+        """The mean of the channels, shape [C_in, 1]; not used if it is assumed to be zero."""
+        return self._value()[:, -1:]
+
+    def compute_new_cov(self, **data: Any) -> Array:
+        """The centred covariance of the channels and, as the last column, their mean."""
+        moment = super().compute_new_cov(**data)
+        xp, options = array_namespace(moment), self.options
+        second, mean = moment[:, :-1], moment[:, -1:]
+        if not options.assume_zero_mean_activations or options.subtract_mean_contrib_from_cov:
+            second = second - mean * xp.matrix_transpose(mean)
+        return xp.concat([second, mean], axis=1)
+
+    def _make_powers(self, options: FactorOptions) -> SpatiallyUncorrelated:
+        channels, taps = self.moment.in_channels, self.geometry.num_taps
+        return SpatiallyUncorrelated(options, channels, taps, self.has_bias)
+
+    def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Array, ...]]]:
+        xs = towers_of("inputs", inputs)
+        shape = images_shape(self.geometry.num_axes, self.moment.in_channels)
+        for t, x in enumerate(xs):
+            self._require(f"inputs[{t}]", x, shape, "with the channels of the filter")
+        yield [(x,) for x in xs]
+
+    moment: ConvInputSUAMoment
 
 
 class ConvOutputKroneckerFactor(InverseProvidingFactor):

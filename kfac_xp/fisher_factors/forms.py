@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.fisher_factors.base import FisherFactor
-from kfac_xp.representations import Decomposition, Dense, Diagonal
+from kfac_xp.representations import Decomposition, Dense, Diagonal, Representation
 from kfac_xp.typing import Array, Damping
 
 
@@ -16,7 +16,7 @@ class InverseProvidingFactor(FisherFactor):
     Known as `DenseSquareMatrixFactor` since r1.10.
     """
 
-    representation = Dense
+    representation: ClassVar[type[Representation]] = Dense
     _powers: Dense
 
     def get_eigendecomp(self) -> tuple[Array, Array]:
@@ -25,7 +25,7 @@ class InverseProvidingFactor(FisherFactor):
         Kept until the next inverse update or `reset_eigendecomp`; the next inverse update then
         goes by eigendecomposition.
         """
-        return self._powers.eigendecomp(self.cov)
+        return self._powers.eigendecomp(self._value())
 
     def register_eigendecomp(self) -> None:
         """Let the next inverse update go by eigendecomposition (r1.4)."""

@@ -7,6 +7,7 @@ The contract is *register, refresh, serve*: what will be needed is registered fi
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.dense import Decomposition, Dense, refresh
 from kfac_xp.representations.diagonal import Diagonal
+from kfac_xp.representations.lagged import Lagged
 from kfac_xp.representations.requests import (
     DampingKey,
     Kind,
@@ -15,6 +16,7 @@ from kfac_xp.representations.requests import (
     read_damping,
     require_damping,
 )
+from kfac_xp.representations.spatially_uncorrelated import SpatiallyUncorrelated
 
 __all__ = [
     "DampingKey",
@@ -22,9 +24,11 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Kind",
+    "Lagged",
     "PowerCache",
     "Representation",
     "Request",
+    "SpatiallyUncorrelated",
     "read_damping",
     "refresh",
     "require_damping",

@@ -18,13 +18,16 @@ class Representation(abc.ABC):
     def __init__(self, options: FactorOptions) -> None:
         self.options = options
 
-    @staticmethod
     @abc.abstractmethod
-    def initial_cov(shape: tuple[int, ...], options: FactorOptions, like: Array) -> Array:
+    def initial_value(self, shape: tuple[int, ...], like: Array) -> Array:
         """Where the moving average starts."""
 
+    def cov_of(self, value: Array) -> Array:
+        """The covariance within what the moving average keeps: usually all of it."""
+        return value
+
     @abc.abstractmethod
-    def operator(self, cov: Array) -> LinearOperator:
+    def operator(self, value: Array) -> LinearOperator:
         """The covariance itself, undamped."""
 
     @abc.abstractmethod
@@ -32,11 +35,13 @@ class Representation(abc.ABC):
         """Ask for a matrix function to be kept from the next refresh on."""
 
     @abc.abstractmethod
-    def instantiate(self, cov_like: Array) -> None:
+    def instantiate(self, value_like: Array) -> None:
         """Serve the identity for everything registered until the first refresh."""
 
     @abc.abstractmethod
-    def serve(self, request: Request, read_cov: Callable[[], Array], owner: str) -> LinearOperator:
+    def serve(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> LinearOperator:
         """The stored matrix function; computed now where nothing is stored."""
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from kfac_xp import linalg
 from kfac_xp.averages import MovingAverage
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
-from kfac_xp.operators import FullMatrix
+from kfac_xp.operators import FullMatrix, LinearOperator
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import DampingKey, PowerCache, Request
@@ -19,6 +19,9 @@ from kfac_xp.typing import Array, Scalar
 
 RUNGS = ("direct", "jitter", "float64", "clipped eigenvalues", "last good")
 """Ways of decomposing, tried in this order until one passes its check."""
+
+FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse")
+"""Kinds of requests that need the covariance alone."""
 
 MAX_RESIDUAL = 1e-2
 """Largest entry of (C + damping I) inverse p - p, for a probe p of size 1, that passes."""
@@ -71,33 +74,38 @@ class Dense(Representation):
         self._eigen_wanted = False
         self._eigen: tuple[Array, Array] | None = None
 
-    @staticmethod
-    def initial_cov(shape: tuple[int, ...], options: FactorOptions, like: Array) -> Array:
+    def initial_value(self, shape: tuple[int, ...], like: Array) -> Array:
         """Zeros or the identity."""
         xp = array_namespace(like)
         place = {"dtype": like.dtype, "device": device_of(like)}
-        return (
-            xp.eye(shape[0], **place) if options.initial == "identity" else xp.zeros(shape, **place)
-        )
+        is_identity = self.options.initial == "identity"
+        return xp.eye(shape[0], **place) if is_identity else xp.zeros(shape, **place)
 
-    def operator(self, cov: Array) -> FullMatrix:
+    def operator(self, value: Array) -> LinearOperator:
         """The stored matrix."""
-        return FullMatrix(cov)
+        return FullMatrix(self.cov_of(value))
 
     def register(self, request: Request) -> None:
         """Keep a matrix function from the next refresh on; power 1 needs no storage."""
         if (request.kind, request.exp) != ("matpower", 1.0):
             self.cache.register(request)
 
-    def instantiate(self, cov_like: Array) -> None:
+    def instantiate(self, value_like: Array) -> None:
         """Serve the identity for everything registered until the first refresh."""
+        identity = linalg.identity_like(self.cov_of(value_like))
         for request in self.cache.requests:
-            self.cache.stored.setdefault(request, linalg.identity_like(cov_like))
+            self.cache.stored.setdefault(request, self._stored_identity(request, identity))
 
-    def serve(self, request: Request, read_cov: Callable[[], Array], owner: str) -> FullMatrix:
+    def _stored_identity(self, request: Request, identity: Array) -> Array:
+        """What is stored for a function of the covariance that is the identity."""
+        return identity
+
+    def serve(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> LinearOperator:
         """The stored matrix; power 1 from the covariance and the damping of now."""
         if (request.kind, request.exp) == ("matpower", 1.0):
-            cov = read_cov()
+            cov = self.cov_of(read_value())
             return FullMatrix(
                 linalg.add_to_diagonal(cov, as_scalar_like(request.damping.read(), cov))
             )
@@ -134,11 +142,11 @@ class Dense(Representation):
                 int(how["num_updates"]),
             )
 
-    def eigendecomp(self, cov: Array) -> tuple[Array, Array]:
-        """Clipped eigenvalues and eigenvectors of `cov`, kept until the next refresh."""
+    def eigendecomp(self, value: Array) -> tuple[Array, Array]:
+        """Clipped eigenvalues and eigenvectors of the covariance, kept until the next refresh."""
         self.want_eigendecomp()
         if self._eigen is None:
-            self._eigen = self._eigh(cov)
+            self._eigen = self._eigh(self.cov_of(value))
         return self._eigen
 
     def want_eigendecomp(self) -> None:
@@ -153,20 +161,20 @@ class Dense(Representation):
     # device: `attempt` computes and returns a small array of checks without reading it, `commit`
     # stores what passed.
 
-    def attempt(self, cov: Array, rung: str) -> Attempt | None:
+    def attempt(self, value: Array, rung: str) -> Attempt | None:
         """Compute every registered function in the manner of `rung`; None if that is no new way."""
-        xp = array_namespace(cov)
+        xp = array_namespace(value)
         clipped = rung == "clipped eigenvalues"
-        dtype = self.options.decomposition_dtype or cov.dtype
-        if rung == "float64" and (dtype == xp.float64 or not linalg.has_float64(cov)):
+        dtype = self.options.decomposition_dtype or value.dtype
+        if rung == "float64" and (dtype == xp.float64 or not linalg.has_float64(value)):
             return None
-        if rung == "float64" or (clipped and linalg.has_float64(cov)):
+        if rung == "float64" or (clipped and linalg.has_float64(value)):
             dtype = xp.float64
-        source = cast(cov, dtype)
-        jitter = _relative_jitter(source) if rung == "jitter" else 0.0
-        with linalg.quiet_failures(cov):
+        source = cast(value, dtype)
+        jitter = relative_jitter(self.cov_of(source)) if rung == "jitter" else 0.0
+        with linalg.quiet_failures(value):
             arrays, checks = self._compute(source, jitter, clipped=clipped)
-            arrays = {request: cast(a, cov.dtype) for request, a in arrays.items()}
+            arrays = {request: cast(a, value.dtype) for request, a in arrays.items()}
         finite = xp.all(xp.stack([xp.all(xp.isfinite(a)) for a in arrays.values()]))
         place = {"dtype": source.dtype, "device": device_of(source)}
         residuals = [r for r, _ in checks] or [xp.zeros((), **place)]
@@ -179,9 +187,9 @@ class Dense(Representation):
         ]
         return Attempt(rung, arrays, xp.astype(xp.stack(health), xp.float32))
 
-    def first_attempt(self, cov: Array) -> Attempt:
+    def first_attempt(self, value: Array) -> Attempt:
         """The attempt on the first rung, which is always a way."""
-        attempt = self.attempt(cov, RUNGS[0])
+        attempt = self.attempt(value, RUNGS[0])
         assert attempt is not None
         return attempt
 
@@ -198,10 +206,11 @@ class Dense(Representation):
         self.decomposition = Decomposition(attempt.rung, jitter, residual, condition, num_updates)
 
     def _compute(
-        self, cov: Array, jitter: Scalar, *, clipped: bool
+        self, value: Array, jitter: Scalar, *, clipped: bool
     ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
         """Every registered function, and (residual, condition) of the damped matrices."""
-        requests = list(self.cache.requests)
+        cov = self.cov_of(value)
+        requests = [r for r in self.cache.requests if r.kind in FUNCTIONS_OF_COV]
         powers = [r for r in requests if r.kind == "matpower"]
         by_eigh = (
             clipped
@@ -213,11 +222,11 @@ class Dense(Representation):
         arrays: dict[Request, Array] = {}
         checks: list[tuple[Array, Array]] = []
         if powers and by_eigh:
-            w, v = self._eigh(cov, floor=_relative_jitter(cov) if clipped else None)
+            w, v = self._eigh(cov, floor=relative_jitter(cov) if clipped else None)
             for request in powers:
                 damping = dampings[request]
                 arrays[request] = linalg.eigen_power(w, v, request.exp, damping)
-                checks.append((_no_residual(w), (w[-1] + damping) / (w[0] + damping)))
+                checks.append((no_residual(w), (w[-1] + damping) / (w[0] + damping)))
         else:
             for request in powers:
                 damping = dampings[request]
@@ -237,7 +246,7 @@ class Dense(Representation):
             if request.damping not in factors:
                 base = cov
                 if clipped:
-                    w, v = self._eigh(cov, floor=_relative_jitter(cov))
+                    w, v = self._eigh(cov, floor=relative_jitter(cov))
                     base = linalg.eigen_power(w, v, 1.0, 0.0)
                 factors[request.damping] = linalg.cholesky(base, dampings[request])
             factor = factors[request.damping]
@@ -294,13 +303,13 @@ def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
 
 
 def _climb(
-    name: str, rep: Dense, cov: Array, attempt: Attempt, health: Sequence[float]
+    name: str, rep: Dense, value: Array, attempt: Attempt, health: Sequence[float]
 ) -> tuple[Attempt, Sequence[float]] | None:
     """The first rung that passes, or None if the last good matrices have to stay."""
     if _passes(health):
         return attempt, health
     for rung in RUNGS[1:-1]:
-        candidate = rep.attempt(cov, rung)
+        candidate = rep.attempt(value, rung)
         if candidate is not None:
             health = _read_together([candidate.health], [])[0][0]
             if _passes(health):
@@ -338,12 +347,13 @@ def _read_together(
     return rows, [value == 1 for value in values[split:]]
 
 
-def _relative_jitter(cov: Array) -> Array:
+def relative_jitter(cov: Array) -> Array:
     """A relative nudge of the diagonal: n machine epsilons of its largest entry."""
     xp = array_namespace(cov)
     return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
 
 
-def _no_residual(like: Array) -> Array:
+def no_residual(like: Array) -> Array:
+    """The residual of what is no inverse: there is nothing to check."""
     xp = array_namespace(like)
     return xp.zeros((), dtype=like.dtype, device=device_of(like))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.operators import Diag
-from kfac_xp.options import FactorOptions
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import Request
 from kfac_xp.typing import Array
@@ -15,25 +14,24 @@ from kfac_xp.typing import Array
 class Diagonal(Representation):
     """A covariance with one entry per parameter. Computes on demand and stores nothing."""
 
-    @staticmethod
-    def initial_cov(shape: tuple[int, ...], options: FactorOptions, like: Array) -> Array:
+    def initial_value(self, shape: tuple[int, ...], like: Array) -> Array:
         """Zeros or ones."""
         xp = array_namespace(like)
-        make = xp.ones if options.initial == "identity" else xp.zeros
+        make = xp.ones if self.options.initial == "identity" else xp.zeros
         return make(shape, dtype=like.dtype, device=device_of(like))
 
-    def operator(self, cov: Array) -> Diag:
+    def operator(self, value: Array) -> Diag:
         """The diagonal matrix of the raveled covariance."""
-        return Diag(array_namespace(cov).reshape(cov, (-1,)))
+        return Diag(array_namespace(value).reshape(value, (-1,)))
 
     def register(self, request: Request) -> None:
         """Nothing is stored, so nothing need be asked for."""
 
-    def instantiate(self, cov_like: Array) -> None:
+    def instantiate(self, value_like: Array) -> None:
         """Nothing is stored."""
 
-    def serve(self, request: Request, read_cov: Callable[[], Array], owner: str) -> Diag:
+    def serve(self, request: Request, read_value: Callable[[], Array], owner: str) -> Diag:
         """``diag((cov + damping) ** exp)`` of the covariance now, exp 0.5 for Cholesky."""
-        entries = self.operator(read_cov()).entries
+        entries = self.operator(read_value()).entries
         exp = {"matpower": request.exp, "cholesky": 0.5, "cholesky_inverse": -0.5}[request.kind]
         return Diag((entries + as_scalar_like(request.damping.read(), entries)) ** exp)

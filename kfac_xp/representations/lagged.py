@@ -1,0 +1,85 @@
+"""Covariances with a second moment between each use of a layer and the next."""
+
+from __future__ import annotations
+
+from kfac_xp import linalg
+from kfac_xp.backend import array_namespace, as_scalar_like
+from kfac_xp.representations.dense import Dense, no_residual, relative_jitter
+from kfac_xp.representations.requests import Request
+from kfac_xp.typing import Array, Scalar
+
+
+class Lagged(Dense):
+    """A full covariance and, if it is averaged, the moment of each use with the one before.
+
+    What is averaged is the covariance [n, n], or both stacked, [2, n, n]. Besides powers it
+    serves what the inverses of a chain of uses are made of: see `FullyConnectedSeriesFB`.
+    """
+
+    def initial_value(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Zeros, or the identity and no correlation between uses."""
+        if len(shape) == 2:
+            return super().initial_value(shape, like)
+        cov = super().initial_value(shape[1:], like)
+        xp = array_namespace(cov)
+        return xp.stack([cov, xp.zeros_like(cov)])
+
+    def cov_of(self, value: Array) -> Array:
+        """The covariance."""
+        return value if value.ndim == 2 else value[0, ...]
+
+    def quantities(self, request: Request, owner: str) -> tuple[Array, ...]:
+        """``(L, psi)`` of option 1 or ``(P, K, mu)`` of option 2, as last computed."""
+        stored = self.cache.fetch(request, owner)
+        n = stored.shape[-1]
+        if request.kind == "option1quants":
+            return stored[:n, :], stored[n, :]
+        return stored[:n, :], stored[n : 2 * n, :], stored[2 * n, :]
+
+    def _stored_identity(self, request: Request, identity: Array) -> Array:
+        xp, zeros = array_namespace(identity), 0 * identity
+        if request.kind == "option1quants":
+            return xp.concat([identity, zeros[:1, :]])
+        if request.kind == "option2quants":
+            return xp.concat([zeros, identity, zeros[:1, :]])
+        return identity
+
+    def _compute(
+        self, value: Array, jitter: Scalar, *, clipped: bool
+    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
+        arrays, checks = super()._compute(value, jitter, clipped=clipped)
+        lagged = [r for r in self.cache.requests if r.kind in ("option1quants", "option2quants")]
+        if not lagged:
+            return arrays, checks
+        cov, cov_dt1 = value[0, ...], value[1, ...]
+        xp = array_namespace(value)
+        w, v = self._eigh(cov, floor=relative_jitter(cov) if clipped else None)
+        for request in lagged:
+            damping = as_scalar_like(request.damping.read(), cov) + jitter
+            root = linalg.eigen_power(w, v, -0.5, damping)
+            make = self._option1 if request.kind == "option1quants" else _option2
+            arrays[request] = xp.concat(make(root, cov_dt1))
+            checks.append((no_residual(w), (w[-1] + damping) / (w[0] + damping)))
+        return {r: arrays[r] for r in self.cache.requests}, checks
+
+    def _option1(self, root: Array, cov_dt1: Array) -> list[Array]:
+        """L [n, n] and psi as a row: ``L diag(psi) L.T`` is the symmetric part, whitened twice."""
+        xp = array_namespace(root)
+        correlation = xp.matmul(xp.matmul(root, linalg.symmetrized(cov_dt1)), root)
+        if self.options.posdef_eig_method == "svd":
+            basis, psi, _ = linalg.svd(correlation)
+        else:
+            psi, basis = linalg.psd_eigh(linalg.symmetrized(correlation), clip=None)
+        return [xp.matmul(root, basis), xp.abs(psi)[None, :]]
+
+
+def _option2(root: Array, cov_dt1: Array) -> list[Array]:
+    """P = C1^T (C0 + damping I)^-1 and K, both [n, n], and mu as a row."""
+    xp = array_namespace(root)
+    half = xp.matmul(root, cov_dt1)
+    _, singular, right = linalg.svd(xp.matmul(half, root))
+    basis = xp.matrix_transpose(right)
+    # A correlation is at most 1; rounding can make it a little more.
+    mu = xp.where(singular < 1, singular * singular, xp.ones_like(singular))
+    projection = xp.matmul(xp.matrix_transpose(half), root)
+    return [projection, xp.matmul(root, basis), mu[None, :]]

@@ -1,0 +1,123 @@
+"""Covariances of patches whose pixels are uncorrelated: KFC's SUA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of
+from kfac_xp.operators import LinearOperator, RankOneUpdate, RepeatedBlock
+from kfac_xp.options import FactorOptions
+from kfac_xp.representations.dense import Dense
+from kfac_xp.representations.requests import Request
+from kfac_xp.typing import Array, Scalar
+
+
+class SpatiallyUncorrelated(Dense):
+    """The covariance of patches, given that of single pixels.
+
+    What is averaged is ``[cov, mu]``, of shape [C, C + 1]: the centred covariance of the channels
+    and their mean. With J taps and damping the matrix is, in the order of a kernel's rows (taps,
+    then channels),
+
+        F = kron(I_J, cov + damping * I) + h h^T,   h = kron(ones(J), mu),
+
+    with ``damping`` and 1 appended to the two parts if there is a bias, and without h if
+    activations are assumed to have mean zero. Its inverse is exact, by Sherman and Morrison.
+    """
+
+    def __init__(
+        self, options: FactorOptions, num_channels: int, num_taps: int, has_bias: bool
+    ) -> None:
+        super().__init__(options)
+        self.num_channels = num_channels
+        self.num_taps = num_taps
+        self.has_bias = has_bias
+
+    def initial_value(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Zeros, or the identity and mean zero."""
+        xp = array_namespace(like)
+        cov = super().initial_value((shape[0], shape[0]), like)
+        mean = xp.zeros((shape[0], 1), dtype=like.dtype, device=device_of(like))
+        return xp.concat([cov, mean], axis=1)
+
+    def cov_of(self, value: Array) -> Array:
+        """The covariance of the channels, centred."""
+        return value[:, :-1]
+
+    def register(self, request: Request) -> None:
+        """Keep the inverse from the next refresh on; other functions have no such form."""
+        if request.kind != "matpower":
+            raise NotImplementedError(
+                "a factor with spatially uncorrelated activations has no Cholesky factor of its "
+                "own form. Use ConvInputKroneckerFactor (approx='kron')."
+            )
+        if request.exp not in (1.0, -1.0):
+            raise ValueError(
+                "`exp` must be 1 or -1 for a factor with spatially uncorrelated activations; got "
+                f"{request.exp:g}. Use ConvInputKroneckerFactor (approx='kron') for other powers."
+            )
+        super().register(request)
+
+    def operator(self, value: Array) -> LinearOperator:
+        """The matrix of the whole patches, undamped."""
+        return self._damped(value, 0.0)
+
+    def serve(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> LinearOperator:
+        """The damped matrix of now, or its inverse as last computed."""
+        if (request.kind, request.exp) == ("matpower", 1.0):
+            value = read_value()
+            return self._damped(value, as_scalar_like(request.damping.read(), value))
+        stored = self.cache.fetch(request, owner)
+        xp, c = array_namespace(stored), self.num_channels
+        inverse = xp.reshape(stored[: c * c], (c, c))
+        scaled_mean, corner, coefficient = stored[c * c : -2], stored[-2], stored[-1]
+        base = RepeatedBlock(inverse, self.num_taps, corner if self.has_bias else None)
+        if self.options.assume_zero_mean_activations:
+            return base
+        return RankOneUpdate(base, self._tiled(scaled_mean, corner), -coefficient)
+
+    def _stored_identity(self, request: Request, identity: Array) -> Array:
+        zero = 0 * identity[0, 0]
+        return _packed(identity, 0 * identity[0, :], 1 + zero, zero)
+
+    def _compute(
+        self, value: Array, jitter: Scalar, *, clipped: bool
+    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
+        inverses, checks = super()._compute(value, jitter, clipped=clipped)
+        xp, mean = array_namespace(value), value[:, -1]
+        arrays = {}
+        for request, inverse in inverses.items():
+            damping = as_scalar_like(request.damping.read(), value) + jitter
+            scaled_mean = xp.matmul(inverse, mean)
+            corner = xp.ones_like(mean[0]) / damping
+            size = 1 + self.num_taps * xp.sum(mean * scaled_mean)
+            coefficient = 1 / (size + corner if self.has_bias else size)
+            if not self.has_bias:
+                corner = 0 * corner
+            arrays[request] = _packed(inverse, scaled_mean, corner, coefficient)
+        return arrays, checks
+
+    def _damped(self, value: Array, damping: Scalar) -> LinearOperator:
+        xp = array_namespace(value)
+        cov, mean = self.cov_of(value), value[:, -1]
+        eye = xp.eye(cov.shape[0], dtype=cov.dtype, device=device_of(cov))
+        corner = xp.ones_like(mean[0]) * damping if self.has_bias else None
+        base = RepeatedBlock(cov + damping * eye, self.num_taps, corner)
+        if self.options.assume_zero_mean_activations:
+            return base
+        return RankOneUpdate(base, self._tiled(mean, xp.ones_like(mean[0])), 1.0)
+
+    def _tiled(self, channels: Array, last: Array) -> Array:
+        """``kron(ones(J), channels)``, with `last` appended for a bias."""
+        xp = array_namespace(channels)
+        vector = xp.tile(channels, (self.num_taps,))
+        return xp.concat([vector, xp.reshape(last, (1,))]) if self.has_bias else vector
+
+
+def _packed(inverse: Array, scaled_mean: Array, corner: Array, coefficient: Array) -> Array:
+    """One vector of what an inverse is made of: ``K``, ``K mu``, the bias's entry, the scale."""
+    xp = array_namespace(inverse)
+    scalars = xp.stack([corner, coefficient])
+    return xp.concat([xp.reshape(inverse, (-1,)), scaled_mean, scalars])
