@@ -12,11 +12,26 @@ from kfac_xp.estimator import FisherEstimator
 from kfac_xp.fisher_blocks import (
     ConvDiagonalFB,
     ConvKFCBasicFB,
+    ConvKFCBasicMultiIndepFB,
+    DepthwiseConvDiagonalFB,
+    DepthwiseConvKFCBasicFB,
     DiagonalFB,
     FisherBlock,
+    FullFB,
     FullyConnectedDiagonalFB,
     FullyConnectedKFACBasicFB,
+    FullyConnectedMultiIndepFB,
+    FullyConnectedSeriesFB,
+    InputOutputMultiTower,
+    InputOutputMultiTowerMultiUse,
     KroneckerProductFB,
+    NaiveDiagonalFB,
+    NaiveFullFB,
+    ScaleAndShiftDiagonalFB,
+    ScaleAndShiftFullFB,
+    SeriesFBApproximation,
+    conv2d_filter_to_depthwise_conv2d_filter,
+    depthwise_conv2d_filter_to_conv2d_filter,
 )
 from kfac_xp.fisher_factors import (
     ConvDiagonalFactor,
@@ -41,7 +56,12 @@ from kfac_xp.fisher_factors import (
     ScaleAndShiftFullFactor,
 )
 from kfac_xp.geometry import ConvGeometry
-from kfac_xp.layer_collection import LayerCollection
+from kfac_xp.layer_collection import (
+    LayerCollection,
+    RegistrationReport,
+    get_default_layer_collection,
+    set_default_layer_collection,
+)
 from kfac_xp.linalg import append_homog, compute_cov
 from kfac_xp.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
@@ -117,11 +137,26 @@ __all__ = [
     # blocks
     "ConvDiagonalFB",
     "ConvKFCBasicFB",
+    "ConvKFCBasicMultiIndepFB",
+    "DepthwiseConvDiagonalFB",
+    "DepthwiseConvKFCBasicFB",
     "DiagonalFB",
     "FisherBlock",
+    "FullFB",
     "FullyConnectedDiagonalFB",
     "FullyConnectedKFACBasicFB",
+    "FullyConnectedMultiIndepFB",
+    "FullyConnectedSeriesFB",
+    "InputOutputMultiTower",
+    "InputOutputMultiTowerMultiUse",
     "KroneckerProductFB",
+    "NaiveDiagonalFB",
+    "NaiveFullFB",
+    "ScaleAndShiftDiagonalFB",
+    "ScaleAndShiftFullFB",
+    "SeriesFBApproximation",
+    "conv2d_filter_to_depthwise_conv2d_filter",
+    "depthwise_conv2d_filter_to_conv2d_filter",
     # losses
     "CategoricalLogitsNegativeLogProbLoss",
     "LossFunction",
@@ -131,7 +166,10 @@ __all__ = [
     "FisherEstimator",
     "KfacOptimizer",
     "LayerCollection",
+    "RegistrationReport",
     "StepInfo",
+    "get_default_layer_collection",
+    "set_default_layer_collection",
     # state
     "flatten_state",
     "load_state",

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 
 from kfac_xp.backend import array_namespace, device_of
-from kfac_xp.typing import Array, Sources, Towers
+from kfac_xp.typing import Array
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ Bound: TypeAlias = list[list[Array | Placeholder]]
 """Data over sources and towers."""
 
 
-def as_towers(name: str, value: Towers | Placeholder) -> list[Any]:
-    """One array per tower.
+def as_towers(name: str, value: Any, *, uses: bool = False) -> list[Any]:
+    """One array per tower; with `uses`, or a list over uses of the layer.
 
     Raises
     ------
@@ -53,28 +53,31 @@ def as_towers(name: str, value: Towers | Placeholder) -> list[Any]:
     if not towers:
         raise ValueError(f"`{name}` must hold at least one array, one per tower; got none.")
     for t, tower in enumerate(towers):
-        if not _is_leaf(tower):
+        is_list = uses and isinstance(tower, (list, tuple)) and all(map(_is_leaf, tower)) and tower
+        if not _is_leaf(tower) and not is_list:
+            kind = "an array, or a non-empty list of arrays over uses" if uses else "an array"
             raise TypeError(
-                f"`{name}[{t}]` must be an array: `{name}` is one array, or a list with one array "
-                f"per tower; got {type(tower).__name__}."
+                f"`{name}[{t}]` must be {kind}: `{name}` is one array, or a list over towers; "
+                f"got {type(tower).__name__}."
             )
     return towers
 
 
-def as_sources(name: str, value: Sources | Placeholder) -> Iterator[list[Any]]:
+def as_sources(name: str, value: Any, *, uses: bool = False) -> Iterator[list[Any]]:
     """One list of towers per source, made when it is asked for.
 
-    A flat list is sources, a list of lists is [source][tower]; any iterable serves, so that the
-    gradients of one source need exist only while they are consumed.
+    A flat list is sources, a list of lists is [source][tower] (and with `uses`, a list within it
+    is over uses); any iterable serves, so that the gradients of one source need exist only while
+    they are consumed.
     """
     if _is_leaf(value):
         yield [value]
         return
     for s, source in enumerate(_iterate(name, value)):
-        yield as_towers(f"{name}[{s}]", source)
+        yield as_towers(f"{name}[{s}]", source, uses=uses)
 
 
-def bind(name: str, value: Sources | Placeholder) -> Bound:
+def bind(name: str, value: Any, *, uses: bool = False) -> Bound:
     """All sources of `value`, kept.
 
     Raises
@@ -82,7 +85,7 @@ def bind(name: str, value: Sources | Placeholder) -> Bound:
     ValueError
         If there is no source, or sources have different numbers of towers.
     """
-    bound = list(as_sources(name, value))
+    bound = list(as_sources(name, value, uses=uses))
     if not bound:
         raise ValueError(f"`{name}` must hold at least one array; got an empty list.")
     if len({len(towers) for towers in bound}) > 1:
@@ -103,11 +106,11 @@ def array_like(example: Array | Placeholder) -> Array:
     return example.like if isinstance(example, Placeholder) else example
 
 
-def concat_towers(towers: Sequence[Array]) -> Array:
+def concat_towers(towers: Sequence[Array], axis: int = 0) -> Array:
     """The towers joined along the batch."""
     if len(towers) == 1:
         return towers[0]
-    return array_namespace(*towers).concat(list(towers), axis=0)
+    return array_namespace(*towers).concat(list(towers), axis=axis)
 
 
 def split_towers(array: Array, sizes: Sequence[int]) -> list[Array]:

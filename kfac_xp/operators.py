@@ -212,8 +212,11 @@ class KroneckerProduct(LinearOperator):
         return KroneckerProduct(self.A.T, self.G.T, self.scale)
 
     def apply(self, mat: Array) -> Array:
-        """``scale * A @ V @ G.T`` for V of shape [d_in, d_out]."""
-        return self.scale * self.G.matmul_right(self.A.matmul(mat), adjoint=True)
+        """``scale * A @ V @ G.T`` for V of shape [d_in, d_out], or `IndexedSlices` of one."""
+        product = self.G.matmul_right(self.A.matmul(mat), adjoint=True)
+        if isinstance(product, IndexedSlices):
+            return product.with_values(self.scale * product.values)
+        return self.scale * product
 
     def to_dense(self) -> Array:
         """The matrix, shape [d_in * d_out, d_in * d_out]: large."""

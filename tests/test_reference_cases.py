@@ -24,13 +24,21 @@ class Data:
         return self.xp.asarray(np.ascontiguousarray(value), dtype=self.dtype)
 
     def inputs(self, batch):
-        return [self(f"inputs_t{t}", batch) for t in range(self.towers)]
+        if "one_hot_depth" in self.meta:
+            return [self.ids(f"inputs_t{t}", batch) for t in range(self.towers)]
+        return [self.tower(f"inputs_t{t}", batch) for t in range(self.towers)]
 
     def grads(self, batch, key="grads"):
         return [
-            [self(f"{key}_s{s}_t{t}", batch) for t in range(self.towers)]
+            [self.tower(f"{key}_s{s}_t{t}", batch) for t in range(self.towers)]
             for s in range(self.sources)
         ]
+
+    def tower(self, key, batch):
+        """One array, or a list over uses."""
+        if f"in.{key}" in self.arrays:
+            return self(key, batch)
+        return [self(f"{key}_u{u}", batch) for u in range(self.meta["num_uses"])]
 
     def vector(self):
         kernel = self("vector.0")
@@ -182,23 +190,52 @@ def assert_option_quantities(factor, damping, option, arrays, rtol):
 def make_block(xp, meta, data, **changes):
     """A block with factors bound to the first batch of a case."""
     cls = getattr(kfac_xp, meta["cls"])
-    if meta["cls"].startswith("Conv"):
-        keywords = arguments(meta)
-        shape, bias = keywords.pop("filter_shape"), keywords.pop("has_bias")
-        kernel = xp.zeros(tuple(shape), dtype=data.dtype)
+    keywords = arguments(meta)
+    if meta["cls"].startswith(("Conv", "Depthwise")):
+        shape, bias = keywords.pop("filter_shape", None), keywords.pop("has_bias", False)
+        kernel = xp.zeros(tuple(shape or meta["params_shape"]), dtype=data.dtype)
         keywords["params"] = (kernel, xp.zeros((shape[-1],), dtype=data.dtype)) if bias else kernel
-    else:
-        keywords = {"has_bias": meta["has_bias"]}
+    elif meta["cls"].startswith("Naive"):
+        keywords["params"] = data.vector()
+    for name in (
+        "diagonal_approx_for_input",
+        "diagonal_approx_for_output",
+        "use_sua_approx_for_input_factor",
+        "option",
+        "rate",
+    ):
+        if name in meta:
+            keywords[name] = meta[name]
     block = cls(kfac_xp.LayerCollection(), **keywords, **options(meta), **changes)
-    grads = data.grads(0)
-    for t, x in enumerate(data.inputs(0)):
-        block.register_additional_tower(x, grads[0][t])
+    if "batch_sizes" in meta:
+        for batch_size in meta["batch_sizes"]:
+            block.register_additional_tower(batch_size)
+        grads = [data("w", 0)]
+    else:
+        grads = data.grads(0)
+        for t, x in enumerate(data.inputs(0)):
+            block.register_additional_tower(x, grads[0][t])
     block.instantiate_factors(grads, meta["damping"])
-    for exp in (-1, -0.5):
+    for exp in meta.get("exps", (-1, -0.5)):
         block.register_matpower(exp)
-    block.register_cholesky()
-    block.register_cholesky_inverse()
+    if has_cholesky(meta):
+        block.register_cholesky()
+        block.register_cholesky_inverse()
     return block
+
+
+def has_cholesky(meta):
+    """The series blocks have an inverse only, the SUA factor no Cholesky factors."""
+    return "Series" not in meta["cls"] and not meta.get("use_sua_approx_for_input_factor")
+
+
+def update_block(block, meta, data, batch):
+    decay = {"ema_decay": meta["ema_decay"], "ema_weight": meta["ema_weight"]}
+    if "batch_sizes" in meta:
+        total = sum(meta["batch_sizes"])
+        block.update_cov(params_grads=data("w", batch), batch_size=total, **decay)
+        return
+    block.update_cov(inputs=data.inputs(batch), outputs_grads=data.grads(batch), **decay)
 
 
 def assert_params_close(actual, arrays, key, rtol):
@@ -213,17 +250,9 @@ BLOCK_FILES = (
     "block_conv_kfc_basic",
     "block_conv_diagonal",
     "block_diagonal_and_naive",
+    "block_depthwise",
+    "block_multi_use",
 )
-
-
-def is_served(meta):
-    """Cases of the blocks that exist: no diagonal sides, SUA, or other layers."""
-    return (
-        hasattr(kfac_xp, meta["cls"])
-        and not meta.get("use_sua_approx_for_input_factor")
-        and not meta.get("diagonal_approx_for_input")
-        and not meta.get("diagonal_approx_for_output")
-    )
 
 
 # The reference counts locations as if there were no dilation; here dilation counts. (Only these
@@ -241,44 +270,64 @@ def reference_num_locations(meta):
     }
 
 
-@pytest.mark.parametrize(("file", "case", "dtype"), every(*BLOCK_FILES, where=is_served))
+@pytest.mark.parametrize(("file", "case", "dtype"), every(*BLOCK_FILES))
 def test_block(xp, file, case, dtype):
     meta, arrays = load(file)[case]
     data, rtol = Data(xp, meta, arrays, dtype), RTOL[dtype]
-    changes = reference_num_locations(meta | {"in_spatial": arrays["in.inputs_t0"].shape[2:-1]})
-    block = make_block(xp, meta, data, **changes)
+    space = arrays.get("in.inputs_t0", np.empty(0)).shape[2:-1]
+    block = make_block(xp, meta, data, **reference_num_locations(meta | {"in_spatial": space}))
     for batch in range(2):
-        block.update_cov(
-            inputs=data.inputs(batch),
-            outputs_grads=data.grads(batch),
-            ema_decay=meta["ema_decay"],
-            ema_weight=meta["ema_weight"],
-        )
+        update_block(block, meta, data, batch)
     block.update_inverses()
     for i, factor in enumerate(block.factors.values()):
         assert_close(factor.cov, arrays[f"out.factor{i}_cov"], rtol, factor.name)
     if "out.input_damping" in arrays:
         for side, damping in zip(("input", "output"), block.factor_dampings(), strict=True):
             assert_close(damping, arrays[f"out.{side}_damping"], rtol, side)
+    if "out.renorm_coeff" in arrays:
         assert block.renorm_coeff == arrays["out.renorm_coeff"]
-    else:
+    if "out.damping" in arrays:
         assert_close(block.damping, arrays["out.damping"], rtol, "damping")
     vector = data.vector()
-    results = {
-        "out.multiply": block.multiply(vector),
-        "out.multiply_inverse": block.multiply_inverse(vector),
-        "out.multiply_matpower_-1": block.multiply_matpower(vector, -1),
-        "out.multiply_matpower_-0.5": block.multiply_matpower(vector, -0.5),
-        "out.multiply_cholesky": block.multiply_cholesky(vector),
-        "out.multiply_cholesky_T": block.multiply_cholesky(vector, transpose=True),
-        "out.multiply_cholesky_inverse": block.multiply_cholesky_inverse(vector),
-        "out.multiply_cholesky_inverse_T": block.multiply_cholesky_inverse(vector, transpose=True),
-    }
-    for key, actual in results.items():
-        if f"{key}.0" in arrays:
-            assert_params_close(actual, arrays, key, rtol)
+    if meta.get("use_sua_approx_for_input_factor"):
+        assert_sua_products(xp, block, vector, arrays, rtol, channels_first(meta))
+        return
+    products = [k for k in arrays if k.startswith("out.multiply") and k.endswith(".0")]
+    for key in (k.removesuffix(".0") for k in products):
+        name, _, exp = key.removeprefix("out.").partition("_matpower_")
+        if exp:
+            actual = block.multiply_matpower(vector, float(exp))
+        elif name.endswith("_T"):
+            actual = getattr(block, name.removesuffix("_T"))(vector, transpose=True)
+        else:
+            actual = getattr(block, name)(vector)
+        assert_params_close(actual, arrays, key, rtol)
+    if "in.sparse_values" in arrays:
+        indices = xp.asarray(arrays["in.sparse_indices"].astype(np.int64))
+        shape = (meta["one_hot_depth"], arrays["in.sparse_values"].shape[1])
+        rows = kfac_xp.IndexedSlices(data("sparse_values"), indices, shape)
+        for key in (k for k in arrays if k.startswith("out.sparse_")):
+            name, _, exp = key.removeprefix("out.sparse_").partition("_matpower_")
+            power = float(exp) if exp else {"multiply": 1, "multiply_inverse": -1}[name]
+            actual = block.multiply_matpower(rows, power)
+            assert_close(actual.values, arrays[key], rtol, key)
+            dense = block.multiply_matpower(rows.to_dense(), power)
+            assert_close(actual.to_dense(), to_numpy(dense), rtol, f"{key}, dense")
     if "out.full_fisher_block" in arrays:
         assert_close(block.full_fisher_block(), arrays["out.full_fisher_block"], rtol, "full")
+
+
+def assert_sua_products(xp, block, vector, arrays, rtol, order):
+    """The reference multiplies rows of taps by an operator over channels: undo that."""
+    mat = to_numpy(kfac_xp.layer_params_to_mat2d(vector))
+    reordered = xp.asarray(mat[np.argsort(order)])
+    for key, exp in (("out.multiply", 1), ("out.multiply_inverse", -1)):
+        product = block.multiply_matpower(kfac_xp.mat2d_to_layer_params(vector, reordered), exp)
+        actual = xp.asarray(to_numpy(kfac_xp.layer_params_to_mat2d(product))[order])
+        assert_params_close(kfac_xp.mat2d_to_layer_params(vector, actual), arrays, key, rtol)
+    full = to_numpy(block.full_fisher_block())
+    rows = (order[:, None] * mat.shape[1] + np.arange(mat.shape[1])).ravel()
+    assert_close(full[rows][:, rows], arrays["out.full_fisher_block"], rtol, "full")
 
 
 @pytest.mark.parametrize(("file", "case", "dtype"), every("old_r1.8", "old_r1.10"))
@@ -301,6 +350,7 @@ def test_old_releases(xp, file, case, dtype):
     decay = {"ema_decay": meta["ema_decay"]}
     if meta["cls"].endswith("FB"):
         meta.setdefault("extract_patches_fn", "extract_image_patches")
+        meta = {"exps": (-1, -0.5)} | meta
         block = make_block(xp, meta, data, num_locations=int(arrays["out.num_locations"]))
         for batch in range(3):
             block.update_cov(inputs=data.inputs(batch), outputs_grads=data.grads(batch), **decay)

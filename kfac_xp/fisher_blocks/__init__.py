@@ -7,22 +7,53 @@ from kfac_xp.fisher_blocks.base import (
     blocks_factors,
 )
 from kfac_xp.fisher_blocks.convolution import ConvDiagonalFB, ConvKFCBasicFB
+from kfac_xp.fisher_blocks.depthwise import (
+    DepthwiseConvDiagonalFB,
+    DepthwiseConvKFCBasicFB,
+    conv2d_filter_to_depthwise_conv2d_filter,
+    depthwise_conv2d_filter_to_conv2d_filter,
+)
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_blocks.fully_connected import (
     FullyConnectedDiagonalFB,
     FullyConnectedKFACBasicFB,
 )
+from kfac_xp.fisher_blocks.generic import NaiveDiagonalFB, NaiveFullFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
+from kfac_xp.fisher_blocks.multi_use import (
+    ConvKFCBasicMultiIndepFB,
+    FullyConnectedMultiIndepFB,
+    FullyConnectedSeriesFB,
+    SeriesFBApproximation,
+)
+from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
+from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMultiTowerMultiUse
 
 __all__ = [
     "ConvDiagonalFB",
     "ConvKFCBasicFB",
+    "ConvKFCBasicMultiIndepFB",
+    "DepthwiseConvDiagonalFB",
+    "DepthwiseConvKFCBasicFB",
     "DiagonalFB",
     "FisherBlock",
+    "FullFB",
     "FullyConnectedDiagonalFB",
     "FullyConnectedKFACBasicFB",
+    "FullyConnectedMultiIndepFB",
+    "FullyConnectedSeriesFB",
+    "InputOutputMultiTower",
+    "InputOutputMultiTowerMultiUse",
     "KroneckerProductFB",
+    "NaiveDiagonalFB",
+    "NaiveFullFB",
+    "ScaleAndShiftDiagonalFB",
+    "ScaleAndShiftFullFB",
+    "SeriesFBApproximation",
     "add_moments",
     "average_in",
     "blocks_factors",
+    "conv2d_filter_to_depthwise_conv2d_filter",
+    "depthwise_conv2d_filter_to_conv2d_filter",
 ]

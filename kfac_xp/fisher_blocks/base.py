@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
 
-from kfac_xp.batches import Placeholder, as_sources, as_towers, bind, concat_towers, require_shape
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.options import FactorOptions
-from kfac_xp.params import require_like
-from kfac_xp.representations import require_damping
-from kfac_xp.typing import Array, Damping, Params, Scalar, Sources, Towers
+from kfac_xp.params import IndexedSlices, require_like
+from kfac_xp.typing import Array, Damping, Params, Scalar
 
 
 class FactorMaker(Protocol):
@@ -28,7 +26,7 @@ class FactorMaker(Protocol):
 class FisherBlock(abc.ABC):
     """The Fisher of one layer's parameters: factors plus damping, in the layer's shapes.
 
-    Life cycle: construct; `register_additional_tower` with each shard's inputs and outputs;
+    Life cycle: construct; `register_additional_tower` with each shard's data;
     `instantiate_factors`; register the powers that will be needed; update covariances, then
     inverses; multiply. Vectors have the form of the layer's parameters, a kernel or a pair
     (kernel, bias), and so have results.
@@ -52,63 +50,25 @@ class FisherBlock(abc.ABC):
         self.options = base.changed(**options)
         self.name = name or type(self).__name__
         self._named = name is not None
-        self._inputs: list[Any] = []
-        self._outputs: list[Any] = []
         self._damping: Damping | None = None
+
+    needs_params_grads: ClassVar[bool] = False
+    """Whether statistics are made of the parameters' gradients, not of the layer's data."""
 
     # ------------------------------------------------------------------ towers and factors
 
-    def register_additional_tower(self, inputs: Any, outputs: Any) -> None:
-        """Add one shard of the batch: the layer's inputs and preactivations, or placeholders."""
-        self._inputs.append(inputs)
-        self._outputs.append(outputs)
-
     @property
+    @abc.abstractmethod
     def num_registered_towers(self) -> int:
         """How many towers were registered."""
-        return len(self._inputs)
 
-    def tensors_to_compute_grads(self) -> list[Any]:
-        """The registered outputs, in the order of the towers in `grads_list`.
+    @abc.abstractmethod
+    def tensors_to_compute_grads(self) -> Any:
+        """What the gradients given to `instantiate_factors` are taken with respect to."""
 
-        The library has no automatic differentiation: the caller takes the gradients of the loss,
-        summed over cases, with respect to these.
-        """
-        return list(self._outputs)
-
-    def instantiate_factors(self, grads_list: Sources, damping: Damping) -> None:
-        """Make the factors, or get those that the collection shares.
-
-        Parameters
-        ----------
-        grads_list
-            Gradients with respect to `tensors_to_compute_grads`: first index source, second tower.
-        damping
-            The block's damping: a number, a 0-d array, or a function that returns one, read at
-            every inverse update (and by products with the block itself).
-
-        Raises
-        ------
-        RuntimeError
-            If no tower is registered.
-        ValueError
-            If `grads_list` does not have one array per tower, or shapes do not fit.
-        """
-        if not self._inputs:
-            raise RuntimeError(
-                f"{self.name} has no towers. Call `register_additional_tower(inputs, outputs)` "
-                "first."
-            )
-        grads = bind("grads_list", grads_list)
-        if len(grads[0]) != len(self._inputs):
-            raise ValueError(
-                f"`grads_list` must have one array per registered tower, {len(self._inputs)}; "
-                f"got {len(grads[0])}."
-            )
-        self._check_towers(self._inputs, grads)
-        damping = require_damping("damping", damping)
-        self._make_factors(self._joined(self._inputs), [self._joined(g) for g in grads])
-        self._damping = damping
+    @abc.abstractmethod
+    def instantiate_factors(self, grads_list: Any, damping: Damping) -> None:
+        """Make the factors, or get those that the collection shares."""
 
     @property
     @abc.abstractmethod
@@ -117,61 +77,35 @@ class FisherBlock(abc.ABC):
 
     # ------------------------------------------------------------------ statistics
 
-    def update_cov(
-        self,
-        *,
-        inputs: Towers,
-        outputs_grads: Sources,
-        ema_decay: Scalar,
-        ema_weight: Scalar | None = None,
-    ) -> None:
-        """Average one batch into the factors.
-
-        Parameters
-        ----------
-        inputs
-            The layer's inputs: an array, or a list over towers.
-        outputs_grads
-            Gradients of the loss, summed over cases, with respect to the layer's preactivations:
-            an array, a list over sources, or [source][tower]; sources may be any iterable.
-        ema_decay, ema_weight
-            As for a factor.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit the layer, there are no cases, or the number of locations is not
-            that of the first batch.
-        TypeError
-            If arrays belong to another library than the factors.
-        FloatingPointError
-            If a statistic is not finite, where that can be read for free.
-        RuntimeError
-            Before `instantiate_factors`.
-        """
-        towers = as_towers("inputs", inputs)
-        moments = dict(self.input_moments(towers))
-        has_sources = False
-        for s, grads in enumerate(as_sources("outputs_grads", outputs_grads)):
-            has_sources = True
-            add_moments(moments, self.source_moments(towers, grads, source=s))
-        if not has_sources:
-            raise ValueError("`outputs_grads` must hold at least one source; got none.")
-        average_in(moments, ema_decay=ema_decay, ema_weight=ema_weight)
-        self.note_batch(towers)
-
     @abc.abstractmethod
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
-        """Moments of the factors that need no gradients. Changes nothing."""
+    def input_moments(
+        self, inputs: list[Any], done: Container[FisherFactor] = ()
+    ) -> dict[FisherFactor, Array]:
+        """Moments of the factors that need no gradients, but those `done`. Changes nothing."""
 
     @abc.abstractmethod
     def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
+        self,
+        inputs: list[Any],
+        grads: Any,
+        source: int = 0,
+        done: Container[FisherFactor] = (),
     ) -> dict[FisherFactor, Array]:
-        """Moments of the other factors for the gradients of one source. Changes nothing."""
+        """Moments of the other factors for one source, but those `done`. Changes nothing."""
 
-    def note_batch(self, inputs: list[Array]) -> None:
+    @abc.abstractmethod
+    def num_cases(self, inputs: list[Any]) -> list[int]:
+        """Number of cases of each tower."""
+
+    def note_batch(self, inputs: list[Any]) -> None:
         """Remember what the first batch fixes."""
+
+    def input_key(self) -> tuple[Any, ...] | None:
+        """What the input factor depends on besides the data; None if it is not one of its own.
+
+        Blocks with equal keys and the same inputs can share it.
+        """
+        return None
 
     def update_inverses(self) -> None:
         """Recompute every registered power from the covariances and the damping of now."""
@@ -258,33 +192,40 @@ class FisherBlock(abc.ABC):
 
     # ------------------------------------------------------------------ for subclasses
 
-    @abc.abstractmethod
-    def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
-        """Make or get the factors for checked towers."""
-
     @property
     @abc.abstractmethod
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the layer's parameters."""
 
-    @abc.abstractmethod
-    def _input_pattern(self) -> tuple[int | str, ...]:
-        """Shape that the layer's inputs must have."""
+    def _expanded(self, vector: Params) -> Params:
+        """The vector in the form that the factors are about; usually as it is."""
+        return vector
 
-    @abc.abstractmethod
-    def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
-        """Shape that the gradients must have for these inputs."""
+    def _contracted(self, vector: Params, template: Params) -> Params:
+        """Inverse of `_expanded`: back to the form of the layer's parameters."""
+        return vector
 
-    def _check_towers(self, inputs: list[Any], grads: list[list[Any]]) -> None:
-        """Check towers given before there are factors. The factors check the rest."""
-
-    def _factor(self, role: str, cls: type[FisherFactor], *args: Any) -> Any:
-        keywords: dict[str, Any] = self.options.keywords()
+    def _factor(self, role: str, cls: type[FisherFactor], *args: Any, **extra: Any) -> Any:
+        """The factor of a role, with the block's options: shared if the collection has it."""
+        keywords: dict[str, Any] = self.options.keywords() | extra
         if self._named:
             keywords["name"] = f"{self.name}.{role}"
         if self._collection is None:
-            return cls(*args, **keywords)
-        return self._collection.make_or_get_factor(cls, args, **keywords)
+            factor = cls(*args, **keywords)
+        else:
+            factor = self._collection.make_or_get_factor(cls, args, **keywords)
+        factor.users.append(f"{self.name}.{role}")
+        return factor
+
+    def _require_own_factors(self) -> None:
+        """Refuse to update a factor that belongs to other blocks, too."""
+        for factor in self._require_factors().values():
+            if len(factor.users) > 1:
+                raise RuntimeError(
+                    f"{factor.name} is shared by {' and '.join(factor.users)}: updating each block "
+                    "would average it several times. Use `FisherEstimator.update_cov`, which "
+                    "averages every factor once."
+                )
 
     def _require_factors(self) -> dict[str, FisherFactor]:
         if self._damping is None:
@@ -294,36 +235,18 @@ class FisherBlock(abc.ABC):
             )
         return self.factors
 
-    def _joined(self, towers: Sequence[Any]) -> list[Any]:
-        """The towers, or one tower made of all under the strategy "concat"."""
-        if self.options.tower_strategy == "concat" and not isinstance(towers[0], Placeholder):
-            return [concat_towers(towers)]
-        return list(towers)
-
-    def _checked_inputs(self, inputs: list[Array]) -> list[Array]:
-        self._require_factors()
-        for t, x in enumerate(inputs):
-            label = f"{self.name}: inputs[{t}]"
-            require_shape(label, x, self._input_pattern(), "for this layer's parameters")
-        return self._joined(inputs)
-
-    def _checked_grads(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int
-    ) -> list[Array]:
-        label = f"{self.name}: outputs_grads[{source}]"
-        if len(outputs_grads) != len(inputs):
-            raise ValueError(
-                f"`{label}` must have one array per tower of the inputs, {len(inputs)}; "
-                f"got {len(outputs_grads)}."
-            )
-        for t, (x, g) in enumerate(zip(inputs, outputs_grads, strict=True)):
-            why = f"for inputs of shape {tuple(x.shape)}"
-            require_shape(f"{label}[{t}]", g, self._output_pattern(x), why)
-        return self._joined(outputs_grads)
-
     def _require_vector(self, vector: Params) -> None:
         self._require_factors()
+        if isinstance(vector, IndexedSlices) and not self._takes_sparse_rows:
+            raise TypeError(
+                f"`{self.name}: vector` is `IndexedSlices`, whose product with this block is not "
+                "sparse. Pass `vector.to_dense()`, or use a diagonal factor for the input."
+            )
         require_like(f"{self.name}: vector", vector, self._param_shapes)
+
+    @property
+    def _takes_sparse_rows(self) -> bool:
+        return False
 
 
 def add_moments(total: dict[FisherFactor, Array], new: Mapping[FisherFactor, Array]) -> None:

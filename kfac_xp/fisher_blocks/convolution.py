@@ -7,22 +7,26 @@ from typing import Any
 
 from kfac_xp.batches import Placeholder
 from kfac_xp.damping import normalize_damping
-from kfac_xp.fisher_blocks.base import FactorMaker, FisherBlock
+from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
+from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, LayerFactorFB
 from kfac_xp.fisher_factors import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
+    ConvInputSUAKroneckerFactor,
     ConvOutputKroneckerFactor,
+    FisherFactor,
 )
 from kfac_xp.fisher_factors.convolution import images_shape, require_extract_patches_fn
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
 from kfac_xp.params import param_shapes
+from kfac_xp.randomness import Generator
 from kfac_xp.representations import read_damping
 from kfac_xp.typing import Array, Params, Scalar
 
 
-class _Convolution(FisherBlock):
+class Convolution(InputOutputMultiTower):
     """What the blocks of a convolution share: its geometry, and how often the filter is applied."""
 
     def __init__(
@@ -34,11 +38,9 @@ class _Convolution(FisherBlock):
         dilation: Sequence[int] | None,
         data_format: str | None,
         num_locations: int | None,
-        *,
-        name: str | None,
-        **options: Any,
+        **keywords: Any,
     ) -> None:
-        super().__init__(layer_collection, name=name, **options)
+        super().__init__(layer_collection, **keywords)
         require_channels_last(data_format)
         self._shapes = param_shapes(params)
         self.filter_shape = self._shapes[0]
@@ -76,34 +78,42 @@ class _Convolution(FisherBlock):
             )
         return count
 
-    def note_batch(self, inputs: list[Array]) -> None:
+    def note_batch(self, inputs: list[Any]) -> None:
         """Fix the number of locations by the first batch."""
+        super().note_batch(inputs)
         if self._seen_num_locations is None:
-            self._seen_num_locations = self.geometry.num_locations(inputs[0].shape[1:-1])
+            self._seen_num_locations = self.geometry.num_locations(self._space_of(inputs[0]))
 
     def own_state_dict(self) -> dict[str, Any]:
         """The number of locations, once a batch was seen."""
         seen = self._seen_num_locations
-        return {} if seen is None else {"num_locations": seen}
+        return super().own_state_dict() | ({} if seen is None else {"num_locations": seen})
 
     def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `own_state_dict`."""
+        super().load_own_state_dict(state)
         if "num_locations" in state:
             self._seen_num_locations = int(state["num_locations"])
 
-    def _check_towers(self, inputs: list[Any], grads: list[list[Any]]) -> None:
+    def _check_towers(self, inputs: list[Any]) -> None:
+        super()._check_towers(inputs)
         arrays = [x for x in inputs if not isinstance(x, Placeholder)]
-        if arrays and all(x.ndim == self.geometry.num_axes + 2 for x in arrays):
+        if arrays and all(x.ndim >= self.geometry.num_axes + 2 for x in arrays):
             self._require_same_locations(arrays)
             self.note_batch(arrays)
 
-    def _checked_inputs(self, inputs: list[Array]) -> list[Array]:
+    def _checked_inputs(self, inputs: list[Any]) -> list[Array]:
         towers = super()._checked_inputs(inputs)
         self._require_same_locations(inputs)
         return towers
 
-    def _require_same_locations(self, inputs: list[Array]) -> None:
-        counts = [self.geometry.num_locations(x.shape[1:-1]) for x in inputs]
+    def _space_of(self, tower: Any) -> tuple[int, ...]:
+        """Spatial shape of the images of one tower, of its first use if there are several."""
+        image = tower[0] if isinstance(tower, (list, tuple)) else tower
+        return tuple(image.shape[-1 - self.geometry.num_axes : -1])
+
+    def _require_same_locations(self, inputs: list[Any]) -> None:
+        counts = [self.geometry.num_locations(self._space_of(x)) for x in inputs]
         expected = self._seen_num_locations or counts[0]
         for t, count in enumerate(counts):
             if count != expected:
@@ -126,7 +136,7 @@ class _Convolution(FisherBlock):
         return (inputs.shape[0], *out, self.filter_shape[-1])
 
 
-class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
+class ConvKFCBasicFB(Convolution, KroneckerProductFB):
     """FisherBlock for convolutional layers using the basic KFC approximation.
 
     Consider a convolutional layer with filter matrix w. For a mini-batch that produces inputs a
@@ -151,22 +161,29 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
         One int per spatial axis, or with the batch and channel axes ``(1, *spatial, 1)``.
     data_format
         None or a name that ends in "C".
-    extract_patches_fn
+    extract_patches_fn, sub_sample_inputs, sub_sample_patches
         As for `ConvInputKroneckerFactor`.
+    use_sua_approx_for_input_factor
+        Take activations at different positions to be uncorrelated: `ConvInputSUAKroneckerFactor`.
     patch_mask : shape [*kernel, C_in]
         Multiplies each patch.
     num_locations
         Used in place of the true number; releases to r1.10 had ``h * w // (s1 * s2)``.
+    generator
+        Draws the subsamples: a seed or a generator.
     name, **options
         As for `FisherBlock`.
+
+    Raises
+    ------
+    ValueError
+        If the geometry is impossible, or the SUA approximation is asked for together with a mask
+        or subsampling, which it does not have.
 
     References
     ----------
     Grosse and Martens (2016), arXiv:1602.01407, equation 23.
     """
-
-    input_factor: ConvInputKroneckerFactor
-    output_factor: ConvOutputKroneckerFactor
 
     def __init__(
         self,
@@ -177,12 +194,20 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
         dilation_rate: Sequence[int] | None = None,
         data_format: str | None = None,
         extract_patches_fn: str | None = None,
-        *,
+        sub_sample_inputs: bool | None = None,
+        sub_sample_patches: bool | None = None,
+        use_sua_approx_for_input_factor: bool = False,
         patch_mask: Array | None = None,
+        *,
         num_locations: int | None = None,
+        generator: Generator | None = None,
         name: str | None = None,
-        **options: Any,
+        **keywords: Any,
     ) -> None:
+        if sub_sample_inputs is not None:
+            keywords["sub_sample_inputs"] = bool(sub_sample_inputs)
+        if sub_sample_patches is not None:
+            keywords["sub_sample_patches"] = bool(sub_sample_patches)
         super().__init__(
             layer_collection,
             params,
@@ -192,10 +217,19 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
             data_format,
             num_locations,
             name=name,
-            **options,
+            **keywords,
         )
         require_extract_patches_fn(extract_patches_fn, self.geometry)
+        self.use_sua_approx_for_input_factor = bool(use_sua_approx_for_input_factor)
         self.patch_mask = patch_mask
+        self.generator = generator
+        if use_sua_approx_for_input_factor and (
+            patch_mask is not None or sub_sample_inputs or sub_sample_patches
+        ):
+            raise ValueError(
+                "`use_sua_approx_for_input_factor` forms no patches, so it takes no `patch_mask` "
+                "and does not subsample. Leave them out, or the approximation."
+            )
 
     @property
     def renorm_coeff(self) -> float:
@@ -207,12 +241,37 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
         """The block's damping divided by ``num_locations ** normalize_damping_power``."""
         return self._normalized_damping(self.num_locations)
 
+    def input_key(self) -> tuple[Any, ...]:
+        """See `FisherBlock.input_key`."""
+        *kernel_and_inputs, _ = self.filter_shape
+        side = (self.has_bias, self.use_sua_approx_for_input_factor)
+        drawn = (id(self.patch_mask), id(self.generator))
+        return (type(self), tuple(kernel_and_inputs), self.geometry, *side, *drawn, self.options)
+
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
+        if self.use_sua_approx_for_input_factor:
+            self.input_factor = self._factor(
+                "input", ConvInputSUAKroneckerFactor, inputs, self.filter_shape, self.has_bias
+            )
+        else:
+            self.input_factor = self._input_factor(inputs)
+        self.output_factor = self._output_factor(grads)
+
+    def _input_factor(self, inputs: list[Any]) -> FisherFactor:
+        cls = ConvInputKroneckerFactor
+        return self._factor("input", cls, inputs, *self._geometry_arguments(), **self._extra())
+
+    def _output_factor(self, grads: list[list[Any]]) -> FisherFactor:
+        return self._factor("output", ConvOutputKroneckerFactor, grads)
+
+    def _extra(self) -> dict[str, Any]:
+        """Arguments of the input factor by name."""
+        return {"patch_mask": self.patch_mask, "generator": self.generator}
+
+    def _geometry_arguments(self) -> tuple[Any, ...]:
+        """What the constructor of the input factor takes after the inputs."""
         geometry = self.geometry
-        self.input_factor = self._factor(
-            "input",
-            ConvInputKroneckerFactor,
-            inputs,
+        return (
             self.filter_shape,
             geometry.padding,
             geometry.strides,
@@ -220,12 +279,10 @@ class ConvKFCBasicFB(_Convolution, KroneckerProductFB):
             None,
             None,
             self.has_bias,
-            self.patch_mask,
         )
-        self.output_factor = self._factor("output", ConvOutputKroneckerFactor, grads)
 
 
-class ConvDiagonalFB(_Convolution, DiagonalFB):
+class ConvDiagonalFB(LayerFactorFB, Convolution, DiagonalFB):
     """FisherBlock for convolutional layers using a diagonal approximation.
 
     Estimates the diagonal of the Fisher as the mean over cases of the squared entries of each
@@ -266,7 +323,7 @@ class ConvDiagonalFB(_Convolution, DiagonalFB):
         *,
         num_locations: int | None = None,
         name: str | None = None,
-        **options: Any,
+        **keywords: Any,
     ) -> None:
         super().__init__(
             layer_collection,
@@ -277,7 +334,7 @@ class ConvDiagonalFB(_Convolution, DiagonalFB):
             data_format,
             num_locations,
             name=name,
-            **options,
+            **keywords,
         )
         self.patch_mask = patch_mask
 

@@ -29,19 +29,6 @@ class DiagonalFB(FisherBlock):
         self._require_factors()
         return read_damping(self._damping)
 
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
-        """Nothing: the diagonal needs the gradients."""
-        self._checked_inputs(inputs)
-        return {}
-
-    def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
-    ) -> dict[FisherFactor, Array]:
-        """The moment of the diagonal."""
-        xs = self._checked_inputs(inputs)
-        grads = self._checked_grads(inputs, outputs_grads, source)
-        return {self.factor: self.factor.compute_new_cov(inputs=xs, outputs_grads=[grads])}
-
     def register_matpower(self, exp: float) -> None:
         """Nothing is stored: powers are made from the covariance of now."""
         self._require_factors()
@@ -73,5 +60,7 @@ class DiagonalFB(FisherBlock):
 
     def _scaled(self, vector: Params, operator: Callable[[], LinearOperator]) -> Params:
         self._require_vector(vector)
-        column, op = tensors_to_column(vector), operator()
-        return column_to_tensors(vector, cast(op @ cast(column, op.dtype), column.dtype))
+        expanded, op = self._expanded(vector), operator()
+        column = tensors_to_column(expanded)
+        product = cast(op @ cast(column, op.dtype), column.dtype)
+        return self._contracted(column_to_tensors(expanded, product), vector)

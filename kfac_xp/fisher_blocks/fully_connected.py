@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac_xp.backend import statistics_dtype
+from kfac_xp.batches import array_like, example_of
 from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
+from kfac_xp.fisher_blocks.towers import LayerFactorFB
 from kfac_xp.fisher_factors import (
+    DiagonalKroneckerFactor,
+    FisherFactor,
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
 )
@@ -18,7 +23,8 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
     """K-FAC FisherBlock for dense layers.
 
     Estimates ``F(W) = kron(E[a a^T], E[ds ds^T])`` where a is the layer's input, with 1 appended
-    if there is a bias, and ``ds = (d / ds) log p(y | x, W)``.
+    if there is a bias, and ``ds = (d / ds) log p(y | x, W)``. Either side may be approximated by
+    its diagonal; the input side of an embedding, whose inputs are class ids, is diagonal exactly.
 
     Parameters
     ----------
@@ -26,47 +32,100 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         The collection that the block belongs to, or None.
     has_bias
         Whether the layer has a bias; vectors are then pairs (kernel, bias).
+    diagonal_approx_for_input, diagonal_approx_for_output
+        Keep only the diagonal of that factor.
+    one_hot_depth
+        Number of classes, if the inputs are class ids [N] in place of one-hot vectors. Vectors
+        may then be `IndexedSlices`, and so are their products.
     name, **options
         As for `FisherBlock`.
+
+    Raises
+    ------
+    ValueError
+        If inputs are class ids and their factor is not diagonal.
 
     References
     ----------
     Martens and Grosse (2015), arXiv:1503.05671, sections 3 and 6.3.
     """
 
-    input_factor: FullyConnectedKroneckerFactor
-    output_factor: FullyConnectedKroneckerFactor
-
     def __init__(
         self,
         layer_collection: FactorMaker | None,
         has_bias: bool = False,
+        diagonal_approx_for_input: bool = False,
+        diagonal_approx_for_output: bool = False,
         *,
+        one_hot_depth: int | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(layer_collection, name=name, **options)
         self.has_bias = bool(has_bias)
+        self.diagonal_approx_for_input = bool(diagonal_approx_for_input)
+        self.diagonal_approx_for_output = bool(diagonal_approx_for_output)
+        self.one_hot_depth = one_hot_depth
+        require_diagonal_input(one_hot_depth, self.diagonal_approx_for_input)
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
-        cls = FullyConnectedKroneckerFactor
-        self.input_factor = self._factor("input", cls, [inputs], self.has_bias)
+        dense, diagonal = FullyConnectedKroneckerFactor, DiagonalKroneckerFactor
+        if self.diagonal_approx_for_input:
+            self.input_factor = self._factor(
+                "input",
+                diagonal,
+                [inputs],
+                self.has_bias,
+                dtype=self._dtype_of_ids(grads),
+                one_hot_depth=self.one_hot_depth,
+            )
+        else:
+            self.input_factor = self._factor("input", dense, [inputs], self.has_bias)
+        cls = diagonal if self.diagonal_approx_for_output else dense
         self.output_factor = self._factor("output", cls, grads)
+
+    def input_key(self) -> tuple[Any, ...]:
+        """See `FisherBlock.input_key`."""
+        shape = () if self._inputs[0] is None else tuple(self._inputs[0].shape)
+        side = (self.has_bias, self.diagonal_approx_for_input, self.one_hot_depth)
+        return (type(self), shape, *side, self.options)
+
+    def _dtype_of_ids(self, grads: list[list[Any]]) -> Any:
+        """The dtype of statistics of class ids: that of the other factor."""
+        if self.one_hot_depth is None or self.options.dtype is not None:
+            return self.options.dtype
+        return statistics_dtype(array_like(example_of(grads)))
 
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
-        self._require_factors()
-        d_in, d_out = self.input_factor.moment.dimension, self.output_factor.moment.dimension
+        d_in, d_out = (side_of(f).dimension for f in self._require_factors().values())
         return ((d_in, d_out), (d_out,))[: 1 + self.has_bias]
 
     def _input_pattern(self) -> tuple[int | str, ...]:
-        return ("N", self.input_factor.moment.dimension)
+        if self.one_hot_depth is not None:
+            return ("N",)
+        return ("N", side_of(self.input_factor).dimension)
 
     def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
-        return (inputs.shape[0], self.output_factor.moment.dimension)
+        return (inputs.shape[0], side_of(self.output_factor).dimension)
 
 
-class FullyConnectedDiagonalFB(DiagonalFB):
+def side_of(factor: FisherFactor) -> Any:
+    """The moment of a factor of one side of a dense layer: it knows the side's dimension."""
+    return factor.moment
+
+
+def require_diagonal_input(one_hot_depth: int | None, is_diagonal: bool) -> None:
+    """Refuse class ids as inputs of a block whose input factor is not diagonal."""
+    if one_hot_depth is not None and not is_diagonal:
+        raise ValueError(
+            "inputs that are class ids (`one_hot_depth` is given) need a diagonal input factor, "
+            "which is exact for them. Pass diagonal_approx_for_input=True, or in a collection an "
+            "approximation such as 'kron_in_diag'."
+        )
+
+
+class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
     """FisherBlock for dense layers with a diagonal approximation.
 
     Estimates the diagonal of the Fisher as ``E[(a ds^T) ** 2]``, elementwise, over cases.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 from kfac_xp.backend import as_scalar_like, cast
 from kfac_xp.damping import compute_pi_adjusted_damping, normalize_damping
-from kfac_xp.fisher_blocks.base import FisherBlock
-from kfac_xp.fisher_factors import FisherFactor
+from kfac_xp.fisher_blocks.towers import InputOutputMultiTower
+from kfac_xp.fisher_factors import DiagonalFactor, FisherFactor
 from kfac_xp.operators import KroneckerProduct
-from kfac_xp.params import layer_params_to_mat2d, mat2d_to_layer_params
+from kfac_xp.params import IndexedSlices, layer_params_to_mat2d, mat2d_to_layer_params
 from kfac_xp.representations import read_damping
 from kfac_xp.typing import Array, Params, Scalar
 
 
-class KroneckerProductFB(FisherBlock):
+class KroneckerProductFB(InputOutputMultiTower):
     """A block ``r * kron(A, G)`` of an input factor A and an output factor G.
 
     Damping is split between the factors: with ``d`` the block's damping, normalised,
@@ -48,17 +50,25 @@ class KroneckerProductFB(FisherBlock):
         root = as_scalar_like(self.damping, A.trace()) ** 0.5
         return compute_pi_adjusted_damping(A, G, root, self.options.pi_type)
 
-    def input_moments(self, inputs: list[Array]) -> dict[FisherFactor, Array]:
+    def input_moments(
+        self, inputs: list[Any], done: Container[FisherFactor] = ()
+    ) -> dict[FisherFactor, Array]:
         """The moment of the input factor."""
-        towers = self._checked_inputs(inputs)
-        return _moment(self.input_factor, towers)
+        if self.input_factor in done:
+            self._checked_inputs(inputs)
+            return {}
+        return _moment(self.input_factor, self._checked_inputs(inputs))
 
     def source_moments(
-        self, inputs: list[Array], outputs_grads: list[Array], source: int = 0
+        self,
+        inputs: list[Any],
+        grads: Any,
+        source: int = 0,
+        done: Container[FisherFactor] = (),
     ) -> dict[FisherFactor, Array]:
         """The moment of the output factor."""
-        towers = self._checked_grads(inputs, outputs_grads, source)
-        return _moment(self.output_factor, towers)
+        towers = self._checked_grads(inputs, grads, source)
+        return {} if self.output_factor in done else _moment(self.output_factor, towers)
 
     def register_matpower(self, exp: float) -> None:
         """Ask for a power of the damped block to be computed by inverse updates."""
@@ -120,9 +130,17 @@ class KroneckerProductFB(FisherBlock):
         return normalize_damping(read_damping(self._damping), num_replications, power)
 
     def _apply(self, operator: KroneckerProduct, vector: Params) -> Params:
-        mat = layer_params_to_mat2d(vector)
-        product = operator.apply(cast(mat, operator.dtype))
-        return mat2d_to_layer_params(vector, cast(product, mat.dtype))
+        expanded = self._expanded(vector)
+        mat = layer_params_to_mat2d(expanded)
+        if isinstance(mat, IndexedSlices):
+            product = operator.apply(mat.with_values(cast(mat.values, operator.dtype)))
+            return mat.with_values(cast(product.values, mat.dtype))
+        product = cast(operator.apply(cast(mat, operator.dtype)), mat.dtype)
+        return self._contracted(mat2d_to_layer_params(expanded, product), vector)
+
+    @property
+    def _takes_sparse_rows(self) -> bool:
+        return isinstance(self.input_factor, DiagonalFactor) and len(self._param_shapes) == 1
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,10 @@ class DiagonalMultiKF(DiagonalKroneckerFactor):
         example = example_of(bound)
         self.num_uses = num_uses
         self._ndim = 2 if one_hot_depth is None else 1
-        if not isinstance(example, Placeholder):
+        if isinstance(example, Placeholder):
+            without_uses = example.shape[example.ndim - self._ndim :]
+            bound = [[Placeholder(without_uses, example.like)]]
+        else:
             with_uses("tensors[0][0]", example, num_uses, self._ndim)
             if example.ndim == self._ndim + 1:
                 bound = [[uses_folded(x) for x in towers] for towers in bound]

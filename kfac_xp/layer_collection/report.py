@@ -1,0 +1,119 @@
+"""What is registered, as a table, and whether it covers a model's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kfac_xp.params import param_shapes
+from kfac_xp.typing import Vectors
+
+
+@dataclass
+class RegisteredLayer:
+    """One layer of a collection.
+
+    Parameters
+    ----------
+    name, shapes
+        Name and shapes of the parameters.
+    block, approximation
+        Class of its block, and the name of the approximation.
+    uses
+        How often the layer is used on one case; None if the first batch tells, infinity for
+        generic parameters, whose gradients contain every use.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    block: str
+    approximation: str
+    uses: float | None
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of the parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def words(self) -> str:
+        """Block and approximation, and how often the layer is used."""
+        if self.uses is None:
+            times = "uses set by the first batch"
+        elif math.isinf(self.uses):
+            times = "any number of uses"
+        else:
+            times = f"{self.uses:.0f} use{'s' * (self.uses != 1)}"
+        return f"{self.block} ({self.approximation!r}), {times}"
+
+
+@dataclass(frozen=True)
+class RegistrationReport:
+    """Every parameter of a model, and what becomes of it. ``print(report)`` shows a table.
+
+    Parameters
+    ----------
+    rows
+        ``(name, shapes, what becomes of it)`` of each layer's parameters, registered or not.
+    problems
+        What is wrong, in words; empty if everything is accounted for.
+    """
+
+    rows: tuple[tuple[str, str, str], ...]
+    problems: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        header = ("parameters", "shapes", "block (approximation), uses")
+        widths = [max(len(row[i]) for row in (header, *self.rows)) for i in range(2)]
+        lines = [
+            f"{name:<{widths[0]}}  {shapes:<{widths[1]}}  {words}"
+            for name, shapes, words in (header, *self.rows)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def make_report(
+    layers: Mapping[str, RegisteredLayer], params: Vectors, left_out: Mapping[str, str]
+) -> RegistrationReport:
+    """Compare what is registered with the parameters of a model.
+
+    Parameters
+    ----------
+    layers
+        What is registered.
+    params
+        The model's parameters.
+    left_out
+        Parameters that are left out on purpose, with the reason.
+    """
+    rows, problems = [], []
+    for name, layer_params in params.items():
+        shapes = param_shapes(layer_params)
+        if name in layers:
+            words = layers[name].words
+            if shapes != layers[name].shapes:
+                words = f"registered with shapes {_joined(layers[name].shapes)}"
+                problems.append(f"{name!r} is {words} and has {_joined(shapes)}")
+            if name in left_out:
+                problems.append(f"{name!r} is registered, and left out by `left_out`")
+        elif name in left_out:
+            words = f"not covered: {left_out[name]}"
+        else:
+            words = "not registered"
+            problems.append(f"{name!r} is not registered")
+        rows.append((name, _joined(shapes), words))
+    for name, layer in layers.items():
+        if name not in params:
+            rows.append((name, _joined(layer.shapes), f"{layer.words}; no such parameters"))
+            problems.append(f"{name!r} is registered and is not among the parameters")
+    problems += [
+        f"{name!r} is in `left_out` and is not among the parameters"
+        for name in left_out
+        if name not in params
+    ]
+    return RegistrationReport(tuple(rows), tuple(problems))
+
+
+def _joined(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join(str(list(shape)) for shape in shapes)
