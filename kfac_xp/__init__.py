@@ -34,9 +34,15 @@ from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linalg import append_homog, compute_cov
 from kfac_xp.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
+    DistributionNegativeLogProbLoss,
     LossFunction,
     MultiBernoulliNegativeLogProbLoss,
+    NaturalParamsNegativeLogProbLoss,
+    NegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
+    NormalMeanVarianceNegativeLogProbLoss,
+    OnehotCategoricalLogitsNegativeLogProbLoss,
+    insert_slice_in_zeros,
 )
 from kfac_xp.operators import Diag, FullMatrix, KroneckerProduct, LinearOperator
 from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
@@ -96,9 +102,15 @@ __all__ = [
     "KroneckerProductFB",
     # losses
     "CategoricalLogitsNegativeLogProbLoss",
+    "DistributionNegativeLogProbLoss",
     "LossFunction",
     "MultiBernoulliNegativeLogProbLoss",
+    "NaturalParamsNegativeLogProbLoss",
+    "NegativeLogProbLoss",
     "NormalMeanNegativeLogProbLoss",
+    "NormalMeanVarianceNegativeLogProbLoss",
+    "OnehotCategoricalLogitsNegativeLogProbLoss",
+    "insert_slice_in_zeros",
     # whole models
     "FisherEstimator",
     "KfacOptimizer",
