@@ -158,7 +158,8 @@ class NormalMeanVarianceNegativeLogProbLoss(DistributionNegativeLogProbLoss):
 
     def with_targets(self, targets: Array) -> NormalMeanVarianceNegativeLogProbLoss:
         """The same loss of the same mean and variance for other targets."""
-        return type(self)(*self._inputs, targets)
+        mean, variance = self._inputs
+        return type(self)(mean, variance, targets)
 
     def evaluate(self) -> Array:
         """The loss on the targets, 0-d."""
