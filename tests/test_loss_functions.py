@@ -366,6 +366,8 @@ def test_bad_input(xp):
     for bad in (both.multiply_fisher, both.multiply_fisher_factor_transpose):
         with pytest.raises(TypeError, match="`vector` must be a pair like the inputs"):
             bad(logits)  # two rows, not a pair
+        with pytest.raises(TypeError, match="pair like the inputs.*got tuple of 3"):
+            bad((logits, logits, logits))
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,9 @@ class NormalMeanVarianceNegativeLogProbLoss(DistributionNegativeLogProbLoss):
 def _pair(vector: Any) -> tuple[Array, Array]:
     """The two members of a vector; an array of two rows is refused."""
     if not isinstance(vector, (tuple, list)) or len(vector) != 2:
+        members = f" of {len(vector)}" if isinstance(vector, (tuple, list)) else ""
         raise TypeError(
-            "`vector` must be a pair like the inputs (mean, variance); "
-            f"got {type(vector).__name__}."
+            "`vector` must be a pair like the inputs (mean, variance); got "
+            f"{type(vector).__name__}{members}."
         )
     return vector[0], vector[1]
