@@ -32,9 +32,7 @@ class PoissonLoss:
         """Targets drawn from the model: `generator` is one of NumPy's, or a seed."""
         return np.random.default_rng(generator).poisson(np.exp(self.log_rate))
 
-    # The estimation mode "gradients" needs nothing of what follows. The log rate is the natural
-    # parameter, so the same methods would serve under names with `ggn`.
-
+    # Mode "gradients" needs nothing below. Under names with `ggn` the same methods would serve.
     @property
     def fisher_factor_inner_shape(self):
         """Shape of the vectors that B takes."""

@@ -126,7 +126,7 @@ def test_digits_arguments(tmp_path, library):
 
 
 def test_poisson(tmp_path):
-    """K-FAC is after 60 steps below where gradient descent ends, and goes on to the true loss."""
+    """K-FAC is after 60 steps below where gradient descent ends."""
     rows = run_example(tmp_path, script="poisson_regression.py").stdout.splitlines()[1:]
     steps, kfac, plain = np.array([row.split() for row in rows], dtype=float).T
     assert steps[-1] == 200

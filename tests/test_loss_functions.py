@@ -1,6 +1,8 @@
 """Losses: gradients and Fisher products by finite differences and sums over outcomes."""
 
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -366,7 +368,7 @@ def test_bad_input(xp):
     for bad in (both.multiply_fisher, both.multiply_fisher_factor_transpose):
         with pytest.raises(TypeError, match="`vector` must be a pair like the inputs"):
             bad(logits)  # two rows, not a pair
-        with pytest.raises(TypeError, match="pair like the inputs.*got tuple of 3"):
+        with pytest.raises(TypeError, match=r"pair like the inputs.*got tuple of 3"):
             bad((logits, logits, logits))
 
 
@@ -463,3 +465,17 @@ def test_losses_trace_under_jit(rng, name):
         strict=True,
     ):
         assert_close(flat(actual), flat(expected), 1e-12)
+
+
+def test_the_documentation_names_what_is_there():
+    path = Path(__file__).parent.parent / "docs" / "losses.md"
+    text = path.read_text()
+    table = text[text.index("| class ") : text.index("- u has the shape")]
+    listed = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert {getattr(kfac_xp, f"{n}NegativeLogProbLoss") for n in listed} == set(CLASSES.values())
+    for name in re.findall(r"`(register_\w+)", text):
+        assert hasattr(kfac_xp.LayerCollection, name), name
+    for name in re.findall(r"kfac_xp\.(\w+)", text):
+        assert hasattr(kfac_xp, name), name
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (path.parent / target).exists(), target

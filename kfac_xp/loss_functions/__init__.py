@@ -13,7 +13,7 @@ use                          methods
 mode ``empirical``           ``evaluate()``, ``gradient()``
 mode ``gradients``           these, and ``sample(generator)``: targets drawn from the model, of
                              which the loss is made anew
-modes ``curvature_prop``     ``multiply_fisher_factor(u)``, ``fisher_factor_inner_shape``
+mode ``curvature_prop``      ``multiply_fisher_factor(u)``, ``fisher_factor_inner_shape``
 mode ``exact``               ``multiply_fisher_factor_replicated_one_hot(index)``,
                              ``fisher_factor_inner_shape``
 their forms with ``_GGN``    the same with ``ggn`` for ``fisher``
