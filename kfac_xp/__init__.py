@@ -65,9 +65,15 @@ from kfac_xp.layer_collection import (
 from kfac_xp.linalg import append_homog, compute_cov
 from kfac_xp.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
+    DistributionNegativeLogProbLoss,
     LossFunction,
     MultiBernoulliNegativeLogProbLoss,
+    NaturalParamsNegativeLogProbLoss,
+    NegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
+    NormalMeanVarianceNegativeLogProbLoss,
+    OnehotCategoricalLogitsNegativeLogProbLoss,
+    insert_slice_in_zeros,
 )
 from kfac_xp.operators import Diag, FullMatrix, KroneckerProduct, LinearOperator
 from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
@@ -159,9 +165,15 @@ __all__ = [
     "depthwise_conv2d_filter_to_conv2d_filter",
     # losses
     "CategoricalLogitsNegativeLogProbLoss",
+    "DistributionNegativeLogProbLoss",
     "LossFunction",
     "MultiBernoulliNegativeLogProbLoss",
+    "NaturalParamsNegativeLogProbLoss",
+    "NegativeLogProbLoss",
     "NormalMeanNegativeLogProbLoss",
+    "NormalMeanVarianceNegativeLogProbLoss",
+    "OnehotCategoricalLogitsNegativeLogProbLoss",
+    "insert_slice_in_zeros",
     # whole models
     "FisherEstimator",
     "KfacOptimizer",

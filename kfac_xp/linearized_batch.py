@@ -104,7 +104,7 @@ class LinearizedBatch:
         towers: list[dict[str, Any]] = [{} for _ in self.nets]
         for name, registered in self._losses.items():
             outputs = [outputs[name] for outputs in self._outputs]
-            whole = registered.make(_concat(outputs), None)
+            whole: Any = registered.make(_concat(outputs), None)
             _require_methods(whole, registered, "gradients")
             draws = whole.sample(generator)
             sizes = [as_arrays(o)[0].shape[0] for o in outputs]

@@ -1,6 +1,7 @@
 """The examples run, and the hand-written network beside them is right."""
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -16,14 +17,23 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture(scope="module")
-def convnet():
-    spec = importlib.util.spec_from_file_location("convnet", EXAMPLES / "convnet.py")
+def imported(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["convnet"] = module  # its dataclasses look their module up
+    sys.modules[name] = module  # its dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["convnet"]
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def convnet():
+    yield from imported("convnet")
+
+
+@pytest.fixture(scope="module")
+def poisson():
+    yield from imported("poisson_regression")
 
 
 def setting(convnet, xp, rng, n=2):
@@ -80,10 +90,10 @@ def test_layer_inputs_are_what_the_layers_were_given(convnet, rng):
         assert net.layer_inputs[name].ndim == kernel.ndim
 
 
-def run_example(folder, *arguments):
+def run_example(folder, *arguments, script="digits_convnet.py"):
     # A child process: the example is a script, and finds its neighbour as one.
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / "digits_convnet.py"), *arguments],
+        [sys.executable, str(EXAMPLES / script), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -113,3 +123,32 @@ def test_digits_arguments(tmp_path, library):
     )
     assert (tmp_path / "other.png").exists()
     assert "K-FAC" in done.stdout
+
+
+def test_poisson(tmp_path):
+    """K-FAC is after 60 steps below where gradient descent ends."""
+    rows = run_example(tmp_path, script="poisson_regression.py").stdout.splitlines()[1:]
+    steps, kfac, plain = np.array([row.split() for row in rows], dtype=float).T
+    assert steps[-1] == 200
+    assert kfac[steps == 60] < plain[-1] < plain[0] == kfac[0]
+    assert (np.diff(kfac) < 0).all()
+
+
+def test_poisson_loss(poisson, rng):
+    """The gradient is the slope, and the Fisher the second moment of gradients at draws."""
+    s, t = rng.normal(size=(3, 2)), rng.poisson(2, size=(3, 2))
+    loss = poisson.PoissonLoss(s, t)
+    log_p = [k * a - np.exp(a) - math.lgamma(k + 1) for a, k in zip(s.flat, t.flat, strict=True)]
+    assert_close(loss.evaluate(), -sum(log_p), 1e-12)
+    v = rng.normal(size=s.shape)
+    ends = [poisson.PoissonLoss(s + h * v, t).evaluate() for h in (1e-6, -1e-6)]
+    assert_close((loss.gradient() * v).sum(), (ends[0] - ends[1]) / 2e-6, 1e-7)
+    by_factors = loss.multiply_fisher_factor(loss.multiply_fisher_factor_transpose(v))
+    assert_close(by_factors, loss.multiply_fisher(v), 1e-12)
+    columns = [loss.multiply_fisher_factor_replicated_one_hot((k,)) for k in range(2)]
+    factor = np.stack(columns, axis=-1)
+    assert_close(np.einsum("nik,nk->ni", factor, v), loss.multiply_fisher_factor(v), 1e-12)
+    many = poisson.PoissonLoss(np.tile(s, (40000, 1, 1)))
+    scores = poisson.PoissonLoss(many.log_rate, many.sample(0)).gradient()
+    assert_close((scores**2).mean(0), loss.multiply_fisher(np.ones_like(s)), 0.05)
+    assert loss.fisher_factor_inner_shape == s.shape

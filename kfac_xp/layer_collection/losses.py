@@ -8,14 +8,14 @@ from typing import Any
 
 from kfac_xp.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
-    LossFunction,
     MultiBernoulliNegativeLogProbLoss,
+    NegativeLogProbLoss,
     NormalMeanNegativeLogProbLoss,
 )
 from kfac_xp.randomness import Generator
 from kfac_xp.typing import Array
 
-LossFactory = Callable[[Any, Any], LossFunction]
+LossFactory = Callable[[Any, Any], NegativeLogProbLoss]
 
 _MULTIPLIERS: dict[str, Callable[[float], float]] = {
     "regular": lambda coeff: coeff,
@@ -61,7 +61,7 @@ class LossRegistry:
         if not var > 0:
             raise ValueError(f"`var` must be a positive number; got {var!r}.")
 
-        def make(mean: Array, targets: Array | None) -> LossFunction:
+        def make(mean: Array, targets: Array | None) -> NegativeLogProbLoss:
             return NormalMeanNegativeLogProbLoss(mean, var, targets)
 
         self.register_loss(name, make, coeff, reuse=reuse)
