@@ -13,7 +13,8 @@ def draw(xp, rng, *shape):
 
 def mat2d(vector):
     kernel, *bias = (to_numpy(a) for a in (vector if isinstance(vector, tuple) else (vector,)))
-    return np.concatenate([kernel.reshape(-1, kernel.shape[-1]), *(b[None] for b in bias)])
+    width = kernel.shape[-1]
+    return np.concatenate([kernel.reshape(-1, width), *(b.reshape(-1, width) for b in bias)])
 
 
 class BlockContract(abc.ABC):
@@ -143,7 +144,7 @@ class BlockContract(abc.ABC):
             (inputs[:-1, ...], grads, r"outputs_grads\[0\]\[0\]` must have shape \[4, "),
             (inputs, grads[..., :-1], r"outputs_grads\[0\]\[0\]` must have shape"),
             (inputs[..., :-1], grads, r"inputs\[0\]` must have shape"),
-            (inputs[0, ...], grads, r"inputs\[0\]` must have shape"),
+            (inputs[0, ...], grads, r"inputs\[0\]` must (have shape|be a list over uses)"),
             (inputs[:0, ...], grads[:0, ...], "holds no cases"),
             (inputs, [], "at least one source"),
         ):
