@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kfac_xp.batches import Placeholder, as_sources, as_towers, bind, concat_towers, require_shape
@@ -255,6 +255,21 @@ class FisherBlock(abc.ABC):
 
     def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `own_state_dict`."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts the block's own attributes back as they are now.
+
+        Factors, which blocks may share, have a `snapshot` of their own.
+        """
+        saved = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(self).items()}
+
+        def restore() -> None:
+            vars(self).clear()
+            vars(self).update(
+                {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in saved.items()}
+            )
+
+        return restore
 
     # ------------------------------------------------------------------ for subclasses
 

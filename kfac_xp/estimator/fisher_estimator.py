@@ -1,23 +1,27 @@
-"""The curvature of a whole model: statistics of every layer, and products block by block."""
+"""The estimator: averages one batch after another, and multiplies by powers of the result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from kfac_xp.backend import detached
 from kfac_xp.batches import as_sources, as_towers
+from kfac_xp.estimator.modes import ESTIMATION_MODES, Source, mode_cotangents
 from kfac_xp.fisher_blocks import FisherBlock, add_moments, average_in
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch
+from kfac_xp.params import map_vectors
 from kfac_xp.randomness import Generator, as_generator
 from kfac_xp.representations import require_damping
 from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar, Vectors
 
-ESTIMATION_MODES = {"gradients": "Fisher", "empirical": "Empirical_Fisher"}
-"""Estimation modes and the matrix that each estimates."""
+Thunk = Callable[[], Any]
+"""A function without arguments that does one piece of work when it is called."""
 
 
 class FisherEstimator:
@@ -35,8 +39,18 @@ class FisherEstimator:
     estimation_mode
         ``"gradients"``: the Fisher, from targets drawn from the model; unbiased.
         ``"empirical"``: the empirical Fisher, from the data's targets.
+        ``"curvature_prop"``: the Fisher, from random signs sent through a factor of each loss's
+        Fisher; unbiased. ``"exact"``: the Fisher without draws, one backward pass per output
+        coordinate. ``"curvature_prop_GGN"`` and ``"exact_GGN"`` estimate the generalised
+        Gauss-Newton matrix instead; the same for losses of natural parameters.
+    num_samples
+        Draws per case in the mode ``"gradients"``, each with a backward pass of its own.
     exps
         Powers of the damped Fisher that inverse updates compute.
+    compute_cholesky, compute_cholesky_inverse
+        Whether inverse updates compute the Cholesky factor of the damped Fisher, and its inverse.
+    compute_params_stats
+        Whether updates keep `params_stats`.
     seed
         Seed of the draws. An update's draws depend on the seed and on how many updates there have
         been, and on nothing else.
@@ -45,6 +59,11 @@ class FisherEstimator:
     ------
     ValueError
         If the mode is unknown, a number is out of range, or the collection is not fresh.
+
+    References
+    ----------
+    Martens and Grosse (2015), arXiv:1503.05671, section 5; Martens, Sutskever and Swersky (2012),
+    arXiv:1206.6464, for curvature propagation.
     """
 
     def __init__(
@@ -54,7 +73,11 @@ class FisherEstimator:
         *,
         cov_ema_decay: Scalar = 0.95,
         estimation_mode: str = "gradients",
+        num_samples: int = 1,
         exps: Sequence[float] = (-1,),
+        compute_cholesky: bool = False,
+        compute_cholesky_inverse: bool = False,
+        compute_params_stats: bool = False,
         seed: int = 0,
         name: str = "FisherEstimator",
     ) -> None:
@@ -63,6 +86,13 @@ class FisherEstimator:
                 f"`estimation_mode` must be one of {tuple(ESTIMATION_MODES)}; "
                 f"got {estimation_mode!r}."
             )
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be a positive int; got {num_samples!r}.")
+        if num_samples > 1 and estimation_mode != "gradients":
+            raise ValueError(
+                f"`num_samples` belongs to the estimation mode 'gradients'; got {num_samples} with "
+                f"{estimation_mode!r}, which draws no targets."
+            )
         require_damping("damping", damping)
         layer_collection.finalize()
         self.name = name
@@ -70,13 +100,22 @@ class FisherEstimator:
         self.damping = damping
         self.cov_ema_decay = cov_ema_decay
         self.estimation_mode = estimation_mode
+        self.num_samples = num_samples
+        self.compute_cholesky = compute_cholesky
+        self.compute_cholesky_inverse = compute_cholesky_inverse
+        self.compute_params_stats = compute_params_stats
         self.seed = seed
         self.num_cov_updates = 0
+        self._params_stats: dict[str, Params] | None = None
         self._blocks = layer_collection.fisher_blocks
         for block in self._blocks.values():
             block.instantiate_factors([block.tensors_to_compute_grads()], damping)
             for exp in exps:
                 block.register_matpower(exp)
+            if compute_cholesky:
+                block.register_cholesky()
+            if compute_cholesky_inverse:
+                block.register_cholesky_inverse()
 
     @property
     def blocks(self) -> list[FisherBlock]:
@@ -90,8 +129,29 @@ class FisherEstimator:
 
     @property
     def mat_type(self) -> str:
-        """Which matrix the mode estimates: "Fisher" or "Empirical_Fisher"."""
+        """Which matrix the mode estimates: "Fisher", "Empirical_Fisher" or "GGN"."""
         return ESTIMATION_MODES[self.estimation_mode]
+
+    @property
+    def needs_params_grads(self) -> bool:
+        """True if sources must come with the gradients of the parameters."""
+        return self.compute_params_stats or any(map(_needs_params_grads, self.blocks))
+
+    @property
+    def params_stats(self) -> dict[str, Params]:
+        """Parameter gradients of the last update: summed over sources, per case of the batch.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``compute_params_stats=True``, or before the first update.
+        """
+        if self._params_stats is None:
+            raise RuntimeError(
+                "there are no `params_stats`. Pass `compute_params_stats=True` to the constructor, "
+                "then call `update_cov` with a model."
+            )
+        return dict(self._params_stats)
 
     # ------------------------------------------------------------------ statistics
 
@@ -103,6 +163,7 @@ class FisherEstimator:
         ema_decay: Scalar | None = None,
         ema_weight: Scalar | None = None,
         generator: Generator | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Average one batch into the statistics of every layer.
 
@@ -119,6 +180,8 @@ class FisherEstimator:
             Weights of the old statistics (`cov_ema_decay` by default) and of the new.
         generator
             A seed, NumPy generator or device generator for this update's draws.
+        batch_size
+            What `params_stats` are divided by; the number of cases unless given.
 
         Raises
         ------
@@ -127,6 +190,8 @@ class FisherEstimator:
             layers differ in cases. Statistics are unchanged then.
         TypeError
             If arrays belong to other libraries than the layers, or a loss lacks a method.
+        NotImplementedError
+            If a loss has no GGN and the mode asks for it.
         FloatingPointError
             If a statistic is not finite, where that can be read for free.
         """
@@ -140,54 +205,58 @@ class FisherEstimator:
             self.mode_sources(batch, generator),
             ema_decay=ema_decay,
             ema_weight=ema_weight,
+            batch_size=batch.num_cases if batch_size is None else batch_size,
         )
 
     def mode_sources(
         self, batch: LinearizedBatch, generator: Generator | None = None
-    ) -> Iterator[dict[str, list[Array]]]:
-        """Gradients of the preactivations, source by source, for the estimation mode."""
-        if self.estimation_mode == "empirical":
-            yield batch.vjp(batch.data_cotangents(), parameters=False)[1]
-            return
+    ) -> Iterator[Source]:
+        """The gradients of the estimation mode, one source at a time."""
         if generator is None:
             generator = np.random.default_rng([self.seed, self.num_cov_updates])
-        cotangents = batch.sampled_cotangents(as_generator(generator))
-        yield batch.vjp(cotangents, parameters=False)[1]
+        generator = as_generator(generator)
+        parameters = self.needs_params_grads
+        for cotangents in mode_cotangents(batch, self.estimation_mode, generator, self.num_samples):
+            yield Source(*batch.vjp(cotangents, parameters=parameters))
 
     def average_sources(
         self,
         inputs: Mapping[str, list[Array]],
-        sources: Iterable[Mapping[str, list[Array]]],
+        sources: Iterable[Source],
         *,
         ema_decay: Scalar | None = None,
         ema_weight: Scalar | None = None,
+        batch_size: int | None = None,
     ) -> None:
-        """Average in ``{layer: inputs over towers}`` and, per source, ``{layer: gradients}``.
+        """Average in ``{layer: inputs over towers}`` and the gradients of each source.
 
         Sources are consumed one at a time, and every factor takes one step of its average after
-        the last.
+        the last. `batch_size` is what `params_stats` are divided by.
         """
         self._require_equal_towers(inputs)
         moments: dict[FisherFactor, Array] = {}
         for name, block in self._blocks.items():
-            add_moments(moments, block.input_moments(inputs[name]))
+            add_moments(moments, block.input_moments(inputs.get(name, [])))
         num_sources = 0
-        for s, grads in enumerate(sources):
+        stats: dict[str, Params] | None = None
+        for s, source in enumerate(sources):
             num_sources += 1
+            if self.compute_params_stats:
+                grads = map_vectors(detached, _params_grads(source))
+                stats = grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
             for name, block in self._blocks.items():
-                if name not in grads:
-                    raise ValueError(
-                        f"there is no gradient for the registered layer {name!r}; got gradients "
-                        f"for {list(grads)}. `vjp` must return one for every registered layer."
-                    )
-                add_moments(moments, block.source_moments(inputs[name], grads[name], source=s))
+                data = _data_of(block, name, source)
+                add_moments(moments, block.source_moments(inputs.get(name, []), data, source=s))
         if num_sources == 0:
             raise ValueError("there must be at least one source of gradients; got none.")
         decay = self.cov_ema_decay if ema_decay is None else ema_decay
         average_in(moments, ema_decay=decay, ema_weight=ema_weight)
         for name, block in self._blocks.items():
-            block.note_batch(inputs[name])
+            block.note_batch(inputs.get(name, []))
         self.num_cov_updates += 1
+        if stats is not None and batch_size is not None:
+            cases = batch_size
+            self._params_stats = map_vectors(lambda g: g / cases, stats)
 
     def update_inverses(self) -> None:
         """Recompute every registered power, with one look at the device for all factors.
@@ -226,7 +295,93 @@ class FisherEstimator:
         """
         return {name: self._block(name).multiply_matpower(v, exp) for name, v in vectors.items()}
 
+    def multiply_cholesky(self, vectors: Vectors, transpose: bool = False) -> dict[str, Params]:
+        """Multiply by L, or its transpose, where ``L @ L.T`` is the damped Fisher.
+
+        As last computed by an inverse update.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``compute_cholesky=True``, or before the first inverse update.
+        """
+        self._require_registered("compute_cholesky")
+        return {n: self._block(n).multiply_cholesky(v, transpose) for n, v in vectors.items()}
+
+    def multiply_cholesky_inverse(
+        self, vectors: Vectors, transpose: bool = False
+    ) -> dict[str, Params]:
+        """Multiply by the inverse of L, or its transpose, as last computed.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``compute_cholesky_inverse=True``, or before the first inverse update.
+        """
+        self._require_registered("compute_cholesky_inverse")
+        return {
+            n: self._block(n).multiply_cholesky_inverse(v, transpose) for n, v in vectors.items()
+        }
+
+    # ------------------------------------------------------------------ the reference's "ops"
+
+    def get_cov_vars(self) -> list[Array]:
+        """The arrays in which averages are kept."""
+        return [a for factor in self.factors for a in factor.get_cov_vars()]
+
+    def get_inv_vars(self) -> list[Array]:
+        """The arrays in which powers are kept."""
+        return [a for factor in self.factors for a in factor.get_inv_vars()]
+
+    @property
+    def variables(self) -> list[Array]:
+        """All arrays that are kept: averages, then powers."""
+        return [*self.get_cov_vars(), *self.get_inv_vars()]
+
+    def create_ops_and_vars_thunks(
+        self,
+    ) -> tuple[list[Thunk], list[Thunk], list[Thunk], list[Thunk]]:
+        """Functions that do the estimator's work factor by factor, in the order of `factors`.
+
+        Returns
+        -------
+        Four lists: allocate the averages, update them from the data that the factors are bound to
+        (a RuntimeError for those that are given theirs by `update_cov`), let the registered
+        powers be read as the identity, update them.
+        """
+        factors = self.factors
+        return (
+            [f.instantiate_cov_variables for f in factors],
+            [f.make_covariance_update_op(self.cov_ema_decay) for f in factors],
+            [f.instantiate_inv_variables for f in factors],
+            [f.update_inverses for f in factors],
+        )
+
+    def make_vars_and_create_op_thunks(self) -> tuple[list[Thunk], list[Thunk]]:
+        """Allocate everything now, and return the two lists of updates, one entry per factor."""
+        cov_variables, cov_updates, inv_variables, inv_updates = self.create_ops_and_vars_thunks()
+        for thunk in [*cov_variables, *inv_variables]:
+            thunk()
+        return cov_updates, inv_updates
+
     # ------------------------------------------------------------------ state
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Put every factor, block and counter back if the body of the ``with`` raises.
+
+        A report that statistics were not finite stays made, so that the next try starts anew.
+        """
+        restores = [factor.snapshot() for factor in self.factors]
+        restores += [block.snapshot() for block in self._blocks.values()]
+        own = self.num_cov_updates, self._params_stats
+        try:
+            yield
+        except BaseException:
+            for restore in restores:
+                restore()
+            self.num_cov_updates, self._params_stats = own
+            raise
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
         """Statistics and, unless `powers` is False, the stored powers (stale as they are)."""
@@ -253,6 +408,13 @@ class FisherEstimator:
 
     # ------------------------------------------------------------------ helpers
 
+    def _require_registered(self, option: str) -> None:
+        if not getattr(self, option):
+            raise RuntimeError(
+                f"this was not asked for. Pass `{option}=True` to the estimator's constructor and "
+                "call `update_inverses()` first."
+            )
+
     def _block(self, name: str) -> FisherBlock:
         if name not in self._blocks:
             raise KeyError(f"layer {name!r} is not registered; registered: {list(self._blocks)}.")
@@ -260,7 +422,12 @@ class FisherEstimator:
 
     def _from_arrays(
         self, statistics: Mapping[str, tuple[Any, Any]]
-    ) -> tuple[dict[str, list[Array]], Iterator[dict[str, list[Array]]]]:
+    ) -> tuple[dict[str, list[Array]], Iterator[Source]]:
+        if self.compute_params_stats:
+            raise ValueError(
+                "`compute_params_stats` needs a model to ask for the gradients of the parameters; "
+                "got arrays. Pass a linearised model, or make the estimator without it."
+            )
         for name in statistics:
             self._block(name)
         missing = [name for name in self._blocks if name not in statistics]
@@ -277,10 +444,12 @@ class FisherEstimator:
                 )
         inputs = {name: as_towers(f"{name}: inputs", x) for name, (x, _) in statistics.items()}
         streams = {n: as_sources(f"{n}: outputs_grads", g) for n, (_, g) in statistics.items()}
-        return inputs, _zipped(streams)
+        return inputs, (Source(None, row) for row in _zipped(streams))
 
     def _require_equal_towers(self, inputs: Mapping[str, list[Array]]) -> None:
-        sizes = {name: [x.shape[0] for x in inputs[name]] for name in self._blocks}
+        sizes = {n: [x.shape[0] for x in inputs[n]] for n in self._blocks if n in inputs}
+        if not sizes:  # every block is made from gradients of parameters
+            return
         first_name, first = next(iter(sizes.items()))
         for name, here in sizes.items():
             if here != first:
@@ -311,3 +480,63 @@ def _zipped(
                 f"{[name for name in row if name not in ended]}."
             )
         yield {name: value for name, value in row.items() if isinstance(value, list)}
+
+
+def _needs_params_grads(block: FisherBlock) -> bool:
+    """True for a block that is made from the gradients of its parameters, not of its outputs."""
+    return getattr(block, "needs_params_grads", False)
+
+
+def _params_grads(source: Source) -> Mapping[str, Params]:
+    if source.params_grads is None:
+        raise ValueError(
+            "the gradients of the parameters are needed for every source; got none. Pass a "
+            "linearised model, whose `vjp` is asked for them."
+        )
+    return source.params_grads
+
+
+def _data_of(block: FisherBlock, name: str, source: Source) -> Any:
+    """What one source gives a block: gradients over towers, or of its parameters."""
+    if _needs_params_grads(block):
+        return _params_grads(source)[name]
+    grads = source.outputs_grads
+    if name not in grads:
+        raise ValueError(
+            f"there is no gradient for the registered layer {name!r}; got gradients "
+            f"for {list(grads)}. `vjp` must return one for every registered layer."
+        )
+    return grads[name]
+
+
+def make_fisher_estimator(
+    placement_strategy: str | None = None, **keywords: Any
+) -> FisherEstimator:
+    """A `FisherEstimator` made from keyword arguments.
+
+    Parameters
+    ----------
+    placement_strategy
+        None. The reference's "round_robin" and "replica_round_robin" say on which device each
+        factor is computed and change no number.
+    **keywords
+        Arguments of `FisherEstimator`.
+
+    Raises
+    ------
+    NotImplementedError
+        For the reference's placements, which belong to data-parallel use.
+    ValueError
+        If the strategy is none of these.
+    """
+    if placement_strategy in ("round_robin", "replica_round_robin"):
+        raise NotImplementedError(
+            f"`placement_strategy={placement_strategy!r}` says on which device each factor is "
+            "computed; it belongs to data-parallel use and changes no number. Use None."
+        )
+    if placement_strategy is not None:
+        raise ValueError(
+            "`placement_strategy` must be None, 'round_robin' or 'replica_round_robin'; "
+            f"got {placement_strategy!r}."
+        )
+    return FisherEstimator(**keywords)
