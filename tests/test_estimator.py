@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from kfac_xp.linearized_batch import LinearizedBatch
 from tests.cases import assert_close, load, to_numpy
 from tests.models import SmallConvNet, TanhNet
 
@@ -44,10 +45,21 @@ class FixedDraws:
         raise AssertionError("a categorical distribution draws no normals")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c for c, (m, _) in load("estimator_modes").items() if m["mode"] in ("empirical", "gradients")],
-)
+class FixedSigns:
+    """A device generator whose uniform draws give chosen signs."""
+
+    def __init__(self, xp, signs):
+        self.draws = xp.asarray(np.where(signs > 0, 0.75, 0.25))
+
+    def uniform(self, shape):
+        assert tuple(shape) == tuple(self.draws.shape)
+        return self.draws
+
+    def normal(self, shape):
+        raise AssertionError("signs are drawn from uniforms")
+
+
+@pytest.mark.parametrize("case", list(load("estimator_modes")))
 def test_modes_match_the_reference(xp, case):
     meta, arrays = load("estimator_modes")[case]
     params, x = tanh_net_arrays(xp, arrays), xp.asarray(arrays["in.x"])
@@ -56,10 +68,20 @@ def test_modes_match_the_reference(xp, case):
         layers, meta["damping"], estimation_mode=meta["mode"], exps=(-1, -0.5)
     )
     net = TanhNet(params, x)
-    targets = xp.asarray(arrays["in.targets"].astype(np.int64))
+    targets = xp.asarray(arrays["in.targets"])
+    if meta["loss"] == "categorical":
+        targets = xp.asarray(arrays["in.targets"].astype(np.int64))
     draws = None
     if meta["mode"] == "gradients":
         draws = FixedDraws(xp, net.outputs, arrays["in.sampled_targets"].astype(int))
+    elif meta["mode"].startswith("curvature_prop"):
+        draws = FixedSigns(xp, arrays["in.random_signs"])
+    batch = LinearizedBatch(layers, net, targets)
+    for s, source in enumerate(estimator.mode_sources(batch, draws)):
+        for i, layer in enumerate(params):
+            (actual,) = source.outputs_grads[layer]
+            assert_close(actual, arrays[f"out.grads.{s}.{i}"], 1e-7, f"grads.{s}.{i}")
+    assert f"out.grads.{s + 1}.0" not in arrays
     estimator.update_cov(net, targets, ema_decay=meta["cov_ema_decay"], generator=draws)
     estimator.update_inverses()
     for i, factor in enumerate(estimator.factors):
