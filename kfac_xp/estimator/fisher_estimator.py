@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from kfac_xp.backend import detached
-from kfac_xp.batches import as_sources, as_towers
 from kfac_xp.estimator.modes import ESTIMATION_MODES, Source, mode_cotangents
-from kfac_xp.fisher_blocks import FisherBlock, add_moments, average_in
+from kfac_xp.estimator.products import BlockwiseProducts
+from kfac_xp.estimator.sources import (
+    data_of,
+    needs_params_grads,
+    params_grads_of,
+    sources_from_arrays,
+)
+from kfac_xp.fisher_blocks import add_moments, average_in
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch
 from kfac_xp.params import map_vectors
 from kfac_xp.randomness import Generator, as_generator
 from kfac_xp.representations import require_damping
-from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar, Vectors
-
-Thunk = Callable[[], Any]
-"""A function without arguments that does one piece of work when it is called."""
+from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar
 
 
-class FisherEstimator:
+class FisherEstimator(BlockwiseProducts):
     """Statistics of the layers of a collection and products with the approximate Fisher.
 
     Parameters
@@ -118,16 +121,6 @@ class FisherEstimator:
                 block.register_cholesky_inverse()
 
     @property
-    def blocks(self) -> list[FisherBlock]:
-        """The blocks, in order of registration."""
-        return list(self._blocks.values())
-
-    @property
-    def factors(self) -> list[FisherFactor]:
-        """Every factor once."""
-        return self.layers.get_factors()
-
-    @property
     def mat_type(self) -> str:
         """Which matrix the mode estimates: "Fisher", "Empirical_Fisher" or "GGN"."""
         return ESTIMATION_MODES[self.estimation_mode]
@@ -135,7 +128,7 @@ class FisherEstimator:
     @property
     def needs_params_grads(self) -> bool:
         """True if sources must come with the gradients of the parameters."""
-        return self.compute_params_stats or any(map(_needs_params_grads, self.blocks))
+        return self.compute_params_stats or any(map(needs_params_grads, self.blocks))
 
     @property
     def params_stats(self) -> dict[str, Params]:
@@ -196,7 +189,15 @@ class FisherEstimator:
             If a statistic is not finite, where that can be read for free.
         """
         if isinstance(statistics, Mapping):
-            inputs, sources = self._from_arrays(statistics)
+            if self.compute_params_stats:
+                raise ValueError(
+                    "`compute_params_stats` needs a model to ask for the gradients of the "
+                    "parameters; got arrays. Pass a linearised model, or make the estimator "
+                    "without it."
+                )
+            for name in statistics:
+                self._block(name)
+            inputs, sources = sources_from_arrays(statistics, self._blocks)
             self.average_sources(inputs, sources, ema_decay=ema_decay, ema_weight=ema_weight)
             return
         batch = LinearizedBatch(self.layers, statistics, targets)
@@ -242,10 +243,10 @@ class FisherEstimator:
         for s, source in enumerate(sources):
             num_sources += 1
             if self.compute_params_stats:
-                grads = map_vectors(detached, _params_grads(source))
+                grads = map_vectors(detached, params_grads_of(source))
                 stats = grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
             for name, block in self._blocks.items():
-                data = _data_of(block, name, source)
+                data = data_of(block, name, source)
                 add_moments(moments, block.source_moments(inputs.get(name, []), data, source=s))
         if num_sources == 0:
             raise ValueError("there must be at least one source of gradients; got none.")
@@ -270,99 +271,6 @@ class FisherEstimator:
             If statistics on a device were not finite since the last call, naming the factors.
         """
         refresh_factors(self.factors)
-
-    # ------------------------------------------------------------------ products
-
-    def multiply(self, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by the damped Fisher of now: ``{layer name: kernel or (kernel, bias)}``."""
-        return self.multiply_matpower(1, vectors)
-
-    def multiply_inverse(self, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by the inverse of the damped Fisher, as last computed."""
-        return self.multiply_matpower(-1, vectors)
-
-    def multiply_matpower(self, exp: float, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by a power of the damped Fisher, block by block.
-
-        The result has the layers of `vectors` in their order.
-
-        Raises
-        ------
-        KeyError
-            If a layer is not registered.
-        RuntimeError
-            If `exp` is neither 1 nor one of the registered powers, or not computed yet.
-        """
-        return {name: self._block(name).multiply_matpower(v, exp) for name, v in vectors.items()}
-
-    def multiply_cholesky(self, vectors: Vectors, transpose: bool = False) -> dict[str, Params]:
-        """Multiply by L, or its transpose, where ``L @ L.T`` is the damped Fisher.
-
-        As last computed by an inverse update.
-
-        Raises
-        ------
-        RuntimeError
-            Without ``compute_cholesky=True``, or before the first inverse update.
-        """
-        self._require_registered("compute_cholesky")
-        return {n: self._block(n).multiply_cholesky(v, transpose) for n, v in vectors.items()}
-
-    def multiply_cholesky_inverse(
-        self, vectors: Vectors, transpose: bool = False
-    ) -> dict[str, Params]:
-        """Multiply by the inverse of L, or its transpose, as last computed.
-
-        Raises
-        ------
-        RuntimeError
-            Without ``compute_cholesky_inverse=True``, or before the first inverse update.
-        """
-        self._require_registered("compute_cholesky_inverse")
-        return {
-            n: self._block(n).multiply_cholesky_inverse(v, transpose) for n, v in vectors.items()
-        }
-
-    # ------------------------------------------------------------------ the reference's "ops"
-
-    def get_cov_vars(self) -> list[Array]:
-        """The arrays in which averages are kept."""
-        return [a for factor in self.factors for a in factor.get_cov_vars()]
-
-    def get_inv_vars(self) -> list[Array]:
-        """The arrays in which powers are kept."""
-        return [a for factor in self.factors for a in factor.get_inv_vars()]
-
-    @property
-    def variables(self) -> list[Array]:
-        """All arrays that are kept: averages, then powers."""
-        return [*self.get_cov_vars(), *self.get_inv_vars()]
-
-    def create_ops_and_vars_thunks(
-        self,
-    ) -> tuple[list[Thunk], list[Thunk], list[Thunk], list[Thunk]]:
-        """Functions that do the estimator's work factor by factor, in the order of `factors`.
-
-        Returns
-        -------
-        Four lists: allocate the averages, update them from the data that the factors are bound to
-        (a RuntimeError for those that are given theirs by `update_cov`), let the registered
-        powers be read as the identity, update them.
-        """
-        factors = self.factors
-        return (
-            [f.instantiate_cov_variables for f in factors],
-            [f.make_covariance_update_op(self.cov_ema_decay) for f in factors],
-            [f.instantiate_inv_variables for f in factors],
-            [f.update_inverses for f in factors],
-        )
-
-    def make_vars_and_create_op_thunks(self) -> tuple[list[Thunk], list[Thunk]]:
-        """Allocate everything now, and return the two lists of updates, one entry per factor."""
-        cov_variables, cov_updates, inv_variables, inv_updates = self.create_ops_and_vars_thunks()
-        for thunk in [*cov_variables, *inv_variables]:
-            thunk()
-        return cov_updates, inv_updates
 
     # ------------------------------------------------------------------ state
 
@@ -408,44 +316,6 @@ class FisherEstimator:
 
     # ------------------------------------------------------------------ helpers
 
-    def _require_registered(self, option: str) -> None:
-        if not getattr(self, option):
-            raise RuntimeError(
-                f"this was not asked for. Pass `{option}=True` to the estimator's constructor and "
-                "call `update_inverses()` first."
-            )
-
-    def _block(self, name: str) -> FisherBlock:
-        if name not in self._blocks:
-            raise KeyError(f"layer {name!r} is not registered; registered: {list(self._blocks)}.")
-        return self._blocks[name]
-
-    def _from_arrays(
-        self, statistics: Mapping[str, tuple[Any, Any]]
-    ) -> tuple[dict[str, list[Array]], Iterator[Source]]:
-        if self.compute_params_stats:
-            raise ValueError(
-                "`compute_params_stats` needs a model to ask for the gradients of the parameters; "
-                "got arrays. Pass a linearised model, or make the estimator without it."
-            )
-        for name in statistics:
-            self._block(name)
-        missing = [name for name in self._blocks if name not in statistics]
-        if missing:
-            raise ValueError(
-                f"`statistics` has no data for the registered layers {missing}; it has "
-                f"{list(statistics)}. Pass (inputs, outputs_grads) for every registered layer."
-            )
-        for name, pair in statistics.items():
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise ValueError(
-                    f"`statistics[{name!r}]` must be a pair (inputs, outputs_grads); "
-                    f"got {type(pair).__name__}."
-                )
-        inputs = {name: as_towers(f"{name}: inputs", x) for name, (x, _) in statistics.items()}
-        streams = {n: as_sources(f"{n}: outputs_grads", g) for n, (_, g) in statistics.items()}
-        return inputs, (Source(None, row) for row in _zipped(streams))
-
     def _require_equal_towers(self, inputs: Mapping[str, list[Array]]) -> None:
         sizes = {n: [x.shape[0] for x in inputs[n]] for n in self._blocks if n in inputs}
         if not sizes:  # every block is made from gradients of parameters
@@ -462,81 +332,3 @@ class FisherEstimator:
                 f"towers must have the same number of cases; got {first}. Use towers of one size, "
                 "or LayerCollection(tower_strategy='concat')."
             )
-
-
-def _zipped(
-    streams: Mapping[str, Iterator[list[Array]]],
-) -> Iterator[dict[str, list[Array]]]:
-    """Sources of all layers side by side; every layer must have as many."""
-    end = object()
-    while True:
-        row = {name: next(stream, end) for name, stream in streams.items()}
-        ended = [name for name, value in row.items() if value is end]
-        if len(ended) == len(row):
-            return
-        if ended:
-            raise ValueError(
-                f"every layer must have as many sources of gradients; {ended} have fewer than "
-                f"{[name for name in row if name not in ended]}."
-            )
-        yield {name: value for name, value in row.items() if isinstance(value, list)}
-
-
-def _needs_params_grads(block: FisherBlock) -> bool:
-    """True for a block that is made from the gradients of its parameters, not of its outputs."""
-    return getattr(block, "needs_params_grads", False)
-
-
-def _params_grads(source: Source) -> Mapping[str, Params]:
-    if source.params_grads is None:
-        raise ValueError(
-            "the gradients of the parameters are needed for every source; got none. Pass a "
-            "linearised model, whose `vjp` is asked for them."
-        )
-    return source.params_grads
-
-
-def _data_of(block: FisherBlock, name: str, source: Source) -> Any:
-    """What one source gives a block: gradients over towers, or of its parameters."""
-    if _needs_params_grads(block):
-        return _params_grads(source)[name]
-    grads = source.outputs_grads
-    if name not in grads:
-        raise ValueError(
-            f"there is no gradient for the registered layer {name!r}; got gradients "
-            f"for {list(grads)}. `vjp` must return one for every registered layer."
-        )
-    return grads[name]
-
-
-def make_fisher_estimator(
-    placement_strategy: str | None = None, **keywords: Any
-) -> FisherEstimator:
-    """A `FisherEstimator` made from keyword arguments.
-
-    Parameters
-    ----------
-    placement_strategy
-        None. The reference's "round_robin" and "replica_round_robin" say on which device each
-        factor is computed and change no number.
-    **keywords
-        Arguments of `FisherEstimator`.
-
-    Raises
-    ------
-    NotImplementedError
-        For the reference's placements, which belong to data-parallel use.
-    ValueError
-        If the strategy is none of these.
-    """
-    if placement_strategy in ("round_robin", "replica_round_robin"):
-        raise NotImplementedError(
-            f"`placement_strategy={placement_strategy!r}` says on which device each factor is "
-            "computed; it belongs to data-parallel use and changes no number. Use None."
-        )
-    if placement_strategy is not None:
-        raise ValueError(
-            "`placement_strategy` must be None, 'round_robin' or 'replica_round_robin'; "
-            f"got {placement_strategy!r}."
-        )
-    return FisherEstimator(**keywords)

@@ -2,67 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from kfac_xp.averages import is_finite
 from kfac_xp.backend import detached
-from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import LevenbergMarquardt
-from kfac_xp.estimator import FisherEstimator, Source
-from kfac_xp.fisher_factors import FisherFactor
+from kfac_xp.estimator import FisherEstimator
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch, require_layers
+from kfac_xp.optimizer.damped_updates import DampedUpdates
 from kfac_xp.optimizer.info import (
     LossFn,
     OptimizerState,
-    PendingAdaptation,
     StepInfo,
-    as_scalar,
-    first_array,
 )
-from kfac_xp.optimizer.quadratic_model import quadratic_model
 from kfac_xp.optimizer.settings import (
     DEFAULT_MOMENTUM,
     Period,
-    at,
     is_due,
     require_number,
     require_period,
     require_settings,
 )
+from kfac_xp.optimizer.step_data import StepData, gather
 from kfac_xp.optimizer.updates import (
-    Update,
-    adam_qmodel_change,
-    adam_update,
     norm,
-    qmodel_update,
-    regular_qmodel_change,
-    regular_update,
 )
-from kfac_xp.params import as_arrays, map_vectors, param_shapes, scaled
+from kfac_xp.params import map_vectors, scaled
 from kfac_xp.randomness import Generator
-from kfac_xp.typing import Array, Params, Scalar, Schedule, Vectors
+from kfac_xp.typing import Params, Scalar, Schedule, Vectors
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What one call of `step` was given, checked, and what is made of it once."""
-
-    params: Vectors
-    batch: LinearizedBatch | None
-    statistics: Mapping[str, tuple[Any, Any]] | None
-    grads: dict[str, Params]
-    loss: Array | None
-    loss_fn: LossFn | None
-    sources: list[Source] | None
-    batch_size: int | None
-    generator: Generator | None
-
-
-class KfacOptimizer:
+class KfacOptimizer(DampedUpdates):
     """Stochastic gradient descent preconditioned by K-FAC.
 
     With g the gradient of the mean loss, P the inverse of the damped Fisher, v the velocity, and
@@ -226,72 +199,6 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             seed=seed,
         )
 
-    # ------------------------------------------------------------------ what can be read
-
-    @property
-    def layers(self) -> LayerCollection:
-        """The registered layers and losses."""
-        return self.estimator.layers
-
-    @property
-    def factors(self) -> list[FisherFactor]:
-        """Every factor once."""
-        return self.estimator.factors
-
-    @property
-    def registered_variables(self) -> list[str]:
-        """Names of the registered layers."""
-        return self.layers.registered_variables
-
-    @property
-    def mat_type(self) -> str:
-        """Which matrix preconditions: "Fisher", "Empirical_Fisher" or "GGN"."""
-        return self.estimator.mat_type
-
-    @property
-    def params_stats(self) -> dict[str, Params]:
-        """As `FisherEstimator.params_stats`."""
-        return self.estimator.params_stats
-
-    @property
-    def counter(self) -> int:
-        """Number of the next step; burn-in does not count."""
-        return self._state.counter
-
-    @property
-    def learning_rate(self) -> Scalar | None:
-        """The learning rate of the next step; of the qmodel types the last that was chosen."""
-        if self._learning_rate is not None:
-            return at(self._learning_rate, self.counter)
-        alpha = self._state.alpha
-        return None if alpha is None else -alpha * (self.qmodel_update_rescale or 1.0)
-
-    @property
-    def momentum(self) -> Scalar | None:
-        """The momentum of the next step; with ``qmodel`` the last that was chosen."""
-        return self._state.mu if self._momentum is None else at(self._momentum, self.counter)
-
-    @property
-    def damping(self) -> Scalar:
-        """The damping of the next step."""
-        adapted = self._state.damping
-        return at(self._damping, self.counter) if adapted is None else adapted
-
-    @property
-    def damping_adaptation_interval(self) -> int:
-        """Number of steps between adaptations of the damping."""
-        return self._adaptation.interval
-
-    @property
-    def rho(self) -> Array | None:
-        """The last ratio of the change of the loss to its prediction."""
-        return self._state.rho
-
-    @property
-    def qmodel_change(self) -> Array | None:
-        """The last change of the mean loss that was predicted."""
-        return self._state.qmodel_change
-
     # ------------------------------------------------------------------ steps
 
     def step(
@@ -352,8 +259,8 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             if self._state.num_burnin < self.num_burnin_steps:
                 return self._burn_in(params, batch, targets, statistics, batch_size, generator)
             self.maybe_pre_update_adapt_damping(params)
-            data = self._data(
-                params, batch, statistics, grads, loss, loss_fn, batch_size, generator
+            data = gather(
+                self.layers, params, batch, statistics, grads, loss, loss_fn, batch_size, generator
             )
             return self._updated(data)
 
@@ -374,28 +281,6 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         with self._unchanged_on_error():
             self._adapt_damping(pending, pending.loss_fn(params))
             self._state = replace(self._state, pending=None)
-
-    # ------------------------------------------------------------------ the reference's "ops"
-
-    def get_cov_vars(self) -> list[Array]:
-        """The arrays in which averages are kept."""
-        return self.estimator.get_cov_vars()
-
-    def get_inv_vars(self) -> list[Array]:
-        """The arrays in which powers are kept."""
-        return self.estimator.get_inv_vars()
-
-    def create_ops_and_vars_thunks(self) -> tuple[list[Callable[[], Any]], ...]:
-        """As `FisherEstimator.create_ops_and_vars_thunks`."""
-        return self.estimator.create_ops_and_vars_thunks()
-
-    def make_vars_and_create_op_thunks(self) -> tuple[list[Callable[[], Any]], ...]:
-        """As `FisherEstimator.make_vars_and_create_op_thunks`."""
-        return self.estimator.make_vars_and_create_op_thunks()
-
-    def check_var_list(self, names: Any) -> None:
-        """Raise ValueError unless `names` are exactly the registered layers."""
-        require_layers("`names`", dict.fromkeys(names), self.layers)
 
     # ------------------------------------------------------------------ state
 
@@ -418,43 +303,7 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
 
     # ------------------------------------------------------------------ one step
 
-    def _data(
-        self,
-        params: Vectors,
-        batch: LinearizedBatch | None,
-        statistics: Mapping[str, tuple[Any, Any]] | None,
-        grads: Vectors | None,
-        loss: Scalar | None,
-        loss_fn: LossFn | None,
-        batch_size: int | None,
-        generator: Generator | None,
-    ) -> _Data:
-        """The gradient of the mean loss, by one ``vjp`` unless it was given, and the rest."""
-        if batch is not None and batch_size is None:
-            batch_size = batch.num_cases
-        sources = None
-        if batch is not None and grads is None:
-            source = Source(*batch.vjp(batch.data_cotangents()))
-            assert source.params_grads is not None
-            cases = batch_size
-            grads = map_vectors(lambda g: g / cases, source.params_grads)
-            loss = batch.loss() / cases
-            sources = [source]
-        assert grads is not None
-        self._require_gradient(grads, params)
-        return _Data(
-            params,
-            batch,
-            statistics,
-            map_vectors(detached, {name: grads[name] for name in params}),
-            loss if loss is None or isinstance(loss, (int, float)) else detached(loss),
-            loss_fn,
-            sources,
-            batch_size,
-            generator,
-        )
-
-    def _updated(self, data: _Data) -> tuple[dict[str, Params], StepInfo]:
+    def _updated(self, data: StepData) -> tuple[dict[str, Params], StepInfo]:
         """One step on checked data: statistics, inverses, update, damping."""
         state, damping = self._state, self.damping
         update_cov = is_due(self.cov_update_every, state.counter)
@@ -500,45 +349,7 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         )
         return new_params, info
 
-    def _update(self, data: _Data) -> Update:
-        """The update by this type of momentum."""
-        velocity, estimator = self._state.velocity, self.estimator
-        if not self._by_model:
-            assert self._learning_rate is not None
-            assert self._momentum is not None
-            rule = regular_update if self.momentum_type == "regular" else adam_update
-            return rule(
-                data.grads,
-                velocity,
-                estimator.multiply_inverse,
-                rate=at(self._learning_rate, self.counter),
-                momentum=at(self._momentum, self.counter),
-                norm_constraint=self.norm_constraint,
-            )
-        assert data.batch is not None
-        assert data.batch_size is not None
-        step = estimator.multiply_inverse(data.grads)
-        last_update = None if velocity is None else scaled(-1.0, velocity)
-        products = CurvatureMatrixVectorProductComputer.from_batch(self.layers, data.batch)
-        model = quadratic_model(
-            products,
-            data.grads,
-            step,
-            last_update,
-            mat_type=self.mat_type,
-            damping=self.damping,
-            batch_size=data.batch_size,
-        )
-        return qmodel_update(
-            step,
-            velocity,
-            model,
-            momentum=None if self._momentum is None else at(self._momentum, self.counter),
-            rescale=self.qmodel_update_rescale,
-            change_damping=model.damping - self._omitted_damping(model.damping),
-        )
-
-    def _update_cov(self, data: _Data) -> None:
+    def _update_cov(self, data: StepData) -> None:
         estimator = self.estimator
         if data.batch is None:
             assert data.statistics is not None
@@ -583,56 +394,7 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         )
         return map_vectors(detached, params), info
 
-    # ------------------------------------------------------------------ the damping
-
-    def _preconditioner_damping(self) -> Scalar:
-        return self.precon_damping_mult * self.damping
-
-    def _omitted_damping(self, damping: Scalar) -> Scalar:
-        """What of the damping the predicted change of the loss leaves out."""
-        return 0.0 if self.include_damping_in_qmodel_change else damping - self.l2_reg
-
-    def _predicted_change(self, update: Update, data: _Data) -> Array:
-        if self.momentum_type == "adam":
-            return adam_qmodel_change(update, data.grads)
-        damping = as_scalar(self.damping, first_array(data.grads))
-        return regular_qmodel_change(
-            update, data.grads, self.estimator.multiply, self._omitted_damping(damping)
-        )
-
-    def _measure(self, data: _Data, new_params: Vectors) -> None:
-        """Adapt the damping to this step's effect on the loss, or note what that will take."""
-        assert data.loss_fn is not None
-        assert self._state.qmodel_change is not None
-        loss = data.loss if self.use_passed_loss else data.loss_fn(data.params)
-        if loss is None:
-            raise ValueError(
-                "`loss` must be given with `grads` to adapt the damping. Pass it, or make the "
-                "optimizer with `use_passed_loss=False`, so that `loss_fn` is asked."
-            )
-        before = as_scalar(loss, self._state.qmodel_change, "the loss")
-        pending = PendingAdaptation(before, self._state.qmodel_change, data.loss_fn)
-        if self.update_damping_immediately:
-            self._adapt_damping(pending, data.loss_fn(new_params))
-        else:
-            self._state = replace(self._state, pending=pending)
-
-    def _adapt_damping(self, pending: PendingAdaptation, loss: Scalar) -> None:
-        like = pending.qmodel_change
-        change = as_scalar(loss, like, "what `loss_fn` returns") - pending.loss
-        damping, rho = self._adaptation(as_scalar(self.damping, like), change, like)
-        self._state = replace(self._state, damping=damping, rho=rho)
-
     # ------------------------------------------------------------------ helpers
-
-    @property
-    def _by_model(self) -> bool:
-        return self.momentum_type in ("qmodel", "qmodel_fixedmu")
-
-    def _with_weight_decay(self, direction: Vectors, params: Vectors) -> Vectors:
-        if not self.use_weight_decay:
-            return direction
-        return map_vectors(lambda d, w: d + self.weight_decay_coeff * w, direction, params)
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
@@ -670,18 +432,3 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
                 "that returns the mean loss on this batch."
             )
         require_layers("params", params, self.layers)
-
-    def _require_gradient(self, grads: Vectors, params: Vectors) -> None:
-        require_layers("`grads`", grads, self.layers)
-        for name, gradient in grads.items():
-            if param_shapes(gradient) != param_shapes(params[name]):
-                raise ValueError(
-                    f"the gradient of layer {name!r} must have the shapes of its parameters, "
-                    f"{param_shapes(params[name])}; got {param_shapes(gradient)}."
-                )
-            if not all(is_finite(a) for a in as_arrays(gradient)):
-                raise FloatingPointError(
-                    f"the gradient of layer {name!r} is not finite. Parameters and state are "
-                    "unchanged; look at the batch, or use a smaller learning rate or a larger "
-                    "damping."
-                )
