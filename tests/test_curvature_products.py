@@ -7,7 +7,13 @@ import kfac_xp
 from kfac_xp.linearized_batch import LinearizedBatch
 from tests.cases import assert_close, load, to_numpy
 from tests.models import TanhNet
-from tests.test_estimator import random_tanh_net, tanh_layers, tanh_net_arrays
+from tests.test_estimator import (
+    TwoHeads,
+    random_tanh_net,
+    tanh_layers,
+    tanh_net_arrays,
+    two_head_layers,
+)
 
 Computer = kfac_xp.CurvatureMatrixVectorProductComputer
 
@@ -41,32 +47,10 @@ def test_products_of_the_reference(xp, case):
     assert_close(transposed, arrays["out.multiply_fisher_factor_transpose.0"], 1e-7)
 
 
-class TwoHeads(TanhNet):
-    """The outputs of a `TanhNet` under two names, the second doubled."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.outputs = {"a": self.outputs, "b": 2 * self.outputs}
-
-    def vjp(self, ds, parameters=True):
-        return super().vjp(ds["a"] + 2 * ds["b"], parameters)
-
-    def jvp(self, tangent):
-        change = super().jvp(tangent)
-        return {"a": change, "b": 2 * change}
-
-    def second_order(self, ds, tangent):
-        return super().second_order(ds["a"] + 2 * ds["b"], tangent)
-
-
 def two_head_setting(rng):
     params, x, targets = random_tanh_net(np, rng)
-    layers = kfac_xp.LayerCollection()
-    for name in params:
-        layers.register_fully_connected(name, params[name])
-    layers.register_categorical_predictive_distribution("a", coeff=3.0)
-    layers.register_squared_error_loss("b", coeff=0.5)
-    return layers, params, x, {"a": targets, "b": rng.normal(size=(6, 3))}
+    targets = {"a": targets, "b": rng.normal(size=(6, 3))}
+    return two_head_layers(params), params, x, targets
 
 
 def total_loss(params, x, targets):
