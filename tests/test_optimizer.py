@@ -8,6 +8,8 @@ from tests.test_estimator import random_tanh_net, tanh_layers, tanh_net_arrays
 
 TRAJECTORIES = load("optimizer_trajectories")
 
+QMODEL = {"learning_rate": None, "momentum_type": "qmodel"}
+
 
 def trajectory_params():
     """All runs; JAX, where compiling is slow, takes the adaptive quadratic model alone."""
@@ -160,9 +162,6 @@ class DenseOptimizer:
         if self.kind.startswith("qmodel"):
             rescale = s.get("qmodel_update_rescale") or 1.0
             p, u = np.linalg.solve(F, g), -v
-            flat = np.concatenate(
-                [np.concatenate([k, b[None]]).ravel() for k, b in params.values()]
-            )
             J = np.stack(
                 [
                     (
@@ -339,20 +338,87 @@ def test_the_periodic_optimizer_takes_its_decay_per_step(rng):
         periodic(tanh_layers(params), 0.1, 0.1, cov_update_every=lambda s: 1, cov_ema_decay=0.9)
 
 
-def test_parallel_directions_and_zero_gradients_are_no_accident(rng):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["qmodel", "qmodel_fixedmu"])
+def test_parallel_directions_and_zero_gradients_are_no_accident(rng, kind, dtype):
     """The model is singular where the new step is parallel to the last, and where it is zero."""
     params, x, targets = random_tanh_net(np, rng)
-    for kind in ("qmodel", "qmodel_fixedmu"):
-        optimizer = kfac_xp.KfacOptimizer(tanh_layers(params), None, 0.1, momentum_type=kind)
-        net = TanhNet(params, x)
-        gradient = _gradient(params, x, targets)
-        zero = {name: tuple(0 * g for g in pair) for name, pair in gradient.items()}
-        for grads in (gradient, gradient, zero):  # always at `params`, with the same inverses
-            optimizer.estimator.num_cov_updates = 0
-            moved, info = optimizer.step(params, net, targets, grads=grads)
-            assert np.all(np.isfinite(dense(moved)))
-            if grads is zero and kind == "qmodel":
-                assert float(info.learning_rate) == 0
+    params = {name: tuple(a.astype(dtype) for a in pair) for name, pair in params.items()}
+    net = TanhNet(params, x.astype(dtype))
+    optimizer = kfac_xp.KfacOptimizer(tanh_layers(params), None, 0.1, momentum_type=kind)
+    gradient = _gradient(params, x.astype(dtype), targets)
+    zero = {name: tuple(0 * g for g in pair) for name, pair in gradient.items()}
+    ends = []
+    for grads in (gradient, gradient, zero):  # always at `params`, with the same inverses
+        gradients = {n: tuple(g.astype(dtype) for g in pair) for n, pair in grads.items()}
+        moved, info = optimizer.step(params, net, targets, grads=gradients)
+        assert all(a.dtype == dtype for pair in moved.values() for a in pair)
+        assert np.all(np.isfinite(dense(moved)))
+        ends.append(dense(moved))
+    if kind == "qmodel":  # the second minimum is along the same line, hence the same
+        assert_close(ends[1], ends[0], 1e-5 if dtype == "float32" else 1e-12)
+        assert float(info.learning_rate) == 0
+
+
+def test_which_matrix_the_model_has(rng):
+    """The mode's own, but the GGN in place of the empirical Fisher; the Fisher if there is none."""
+    params, x, _ = random_tanh_net(np, rng)
+    y = rng.normal(size=(6, 3))
+
+    class Other(kfac_xp.NormalMeanNegativeLogProbLoss):
+        """Its GGN is four times its Fisher."""
+
+        def multiply_ggn_factor_transpose(self, vector):
+            return 2 * self.multiply_fisher_factor_transpose(vector)
+
+    class NoGGN(kfac_xp.NormalMeanNegativeLogProbLoss):
+        def multiply_ggn_factor_transpose(self, vector):
+            raise NotImplementedError("none")
+
+    def chosen(loss, mode):
+        layers = kfac_xp.LayerCollection()
+        for name in params:
+            layers.register_fully_connected(name, params[name])
+        layers.register_loss("out", lambda mean, targets: loss(mean, 0.5, targets))
+        optimizer = kfac_xp.KfacOptimizer(layers, damping=1e-3, estimation_mode=mode, **QMODEL)
+        return float(optimizer.step(params, TanhNet(params, x), y)[1].learning_rate)
+
+    plain = kfac_xp.NormalMeanNegativeLogProbLoss
+    assert chosen(Other, "exact") == chosen(plain, "exact")
+    for mode in ("empirical", "exact_GGN"):
+        assert chosen(Other, mode) < 0.5 * chosen(plain, mode)
+        assert chosen(NoGGN, mode) == chosen(plain, mode)
+
+
+@pytest.mark.more
+def test_the_quadratic_model_does_not_widen_float32(xp, rng):
+    params, x, targets = random_tanh_net(np, rng)
+    params = {n: tuple(xp.asarray(a, dtype=xp.float32) for a in p) for n, p in params.items()}
+    x, targets = xp.asarray(x, dtype=xp.float32), xp.asarray(targets)
+
+    def loss_fn(params):
+        outputs = TanhNet(params, x).outputs
+        return kfac_xp.CategoricalLogitsNegativeLogProbLoss(outputs, targets).evaluate() / 6
+
+    for settings in (QMODEL, {"learning_rate": 0.1, "norm_constraint": 1e-3}):
+        optimizer = kfac_xp.KfacOptimizer(
+            tanh_layers(params),
+            damping=0.1,
+            invert_every=1,
+            adapt_damping=True,
+            damping_adaptation_interval=1,
+            use_weight_decay=True,
+            **settings,
+        )
+        moved = params
+        for _ in range(3):
+            moved, info = optimizer.step(moved, TanhNet(moved, x), targets, loss_fn=loss_fn)
+        assert all(a.dtype == xp.float32 for pair in moved.values() for a in pair)
+        assert all(f.cov.dtype == xp.float32 for f in optimizer.factors)
+        scalars = (info.damping, info.rho, info.qmodel_change, info.update_norm)
+        assert all(s.dtype == xp.float64 and s.shape == () for s in scalars)
+        first = optimizer.estimator.factors[0].get_inv_vars()[0]
+        assert first.dtype == xp.float32
 
 
 def test_the_second_jvp_is_skipped_where_there_is_no_velocity(rng):
@@ -674,9 +740,6 @@ class TestAFailedStepChangesNothing:
             optimizer.step(params, net, targets, grads=_gradient(params, x, targets))
         after = kfac_xp.flatten_state(optimizer.state_dict())
         assert all(np.array_equal(before[k], after[k]) for k in before)
-
-
-QMODEL = {"learning_rate": None, "momentum_type": "qmodel"}
 
 
 class TestBadInput:

@@ -27,6 +27,8 @@ class QuadraticModel:
         ``(c0, c1)``.
     damping
         Damping that `minimum` adds.
+    tolerance
+        Squared sine of the angle, in the metric m, below which p and u count as parallel.
 
     References
     ----------
@@ -37,6 +39,7 @@ class QuadraticModel:
     gram: tuple[Array, ...]
     slope: tuple[Array, ...]
     damping: Array
+    tolerance: float
 
     @property
     def damped(self) -> tuple[Array, ...]:
@@ -67,7 +70,7 @@ class QuadraticModel:
                 xp.where(c1 == 0, zero, fixed_momentum),
             )
         determinant = m00 * m11 - m01 * m01
-        singular = determinant <= 4 * float(xp.finfo(m00.dtype).eps) * m00 * m11
+        singular = determinant <= self.tolerance * m00 * m11
         absent = (c1 == 0) | singular
         safe = xp.where(absent, one, determinant)
         alpha = xp.where(absent, along_p, (m01 * c1 - m11 * c0) / safe)
@@ -114,9 +117,13 @@ def quadratic_model(
     images = [multiply(vector) for vector in vectors]
     pairs = [(0, 0), (0, 1), (1, 1)] if len(vectors) == 2 else [(0, 0)]
     dtype = scalar_dtype(like)
+    xp = array_namespace(like)
+    # Rounding of the inner products, and of the vectors and their images themselves.
+    tolerance = max(64 * float(xp.finfo(dtype).eps), (64 * float(xp.finfo(like.dtype).eps)) ** 2)
     return QuadraticModel(
         tuple(inner_product(images[i], images[j], dtype) / batch_size for i, j in pairs),
         tuple(inner_product(vectors[i], vectors[j], dtype) for i, j in pairs),
         tuple(inner_product(grads, vector, dtype) for vector in vectors),
         as_scalar(damping, like),
+        tolerance,
     )
