@@ -330,6 +330,28 @@ def test_cholesky_products(xp, rng):
         plain.multiply_cholesky_inverse(params)
 
 
+def test_blocks_of_parameter_gradients_get_those(rng, monkeypatch):
+    """They need no inputs, and get the gradients summed over towers."""
+    params, x, _ = random_tanh_net(np, rng)
+    layers, seen = tanh_layers(params), []
+    estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode="exact")
+    block = layers.fisher_blocks["one"]
+    monkeypatch.setattr(block, "needs_params_grads", True, raising=False)
+    monkeypatch.setattr(block, "input_moments", lambda inputs: {})
+    monkeypatch.setattr(block, "source_moments", lambda x, g, source: seen.append(g) or {})
+    nets = [TanhNet(params, x[:3]), TanhNet(params, x[3:])]
+    for net in nets:
+        del net.layer_inputs["one"]
+        net.vjp = lambda ds, parameters, x=net.x: TanhNet(params, x).vjp(ds, parameters)
+    estimator.update_cov(nets)
+    whole = LinearizedBatch(layers, TanhNet(params, x), None)
+    for actual, cotangents in zip(seen, whole.exact_cotangents(), strict=True):
+        expected = whole.vjp(cotangents)[0]["one"]
+        assert_close(actual[0], expected[0], 1e-12)
+    with pytest.raises(ValueError, match="gradients of the parameters are needed"):
+        estimator.update_cov({"one": (x, x @ params["one"][0]), "two": (x @ params["one"][0], x)})
+
+
 def test_thunks_are_one_per_factor(rng):
     params, x, _ = random_tanh_net(np, rng)
     estimator = kfac_xp.make_fisher_estimator(layer_collection=tanh_layers(params), damping=0.1)

@@ -47,7 +47,8 @@ def test_trajectories_of_the_reference(xp, case):
         else:
             assert_close(xp.asarray(actual), expected, 1e-6, f"{key} at step {step}")
 
-    for step in range(10):
+    steps = 2 if "jax" in xp.__name__ else 10  # each step compiles some operations anew
+    for step in range(steps):
         x = xp.asarray(shared["in.X"][0 if "fixed_batch" in meta["name"] else step])
 
         def loss_fn(params, x=x):
@@ -69,7 +70,7 @@ def test_trajectories_of_the_reference(xp, case):
         if step == 0:
             for i, factor in enumerate(optimizer.factors):
                 assert_close(factor.cov, arrays[f"out.cov_step0.{i}"], 1e-6, factor.name)
-    assert optimizer.counter == 10 - optimizer.num_burnin_steps
+    assert optimizer.counter == steps - optimizer.num_burnin_steps
 
 
 def dense(params):
