@@ -3,12 +3,14 @@
 from kfac_xp import _source_tree  # noqa: F401  (first: it makes kfac_xp.kernels importable)
 from kfac_xp.averages import MovingAverage
 from kfac_xp.backend import explain, use_backend
+from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import (
+    LevenbergMarquardt,
     compute_pi_adjusted_damping,
     compute_pi_tracenorm,
     normalize_damping,
 )
-from kfac_xp.estimator import FisherEstimator
+from kfac_xp.estimator import FisherEstimator, make_fisher_estimator
 from kfac_xp.fisher_blocks import (
     ConvDiagonalFB,
     ConvKFCBasicFB,
@@ -77,16 +79,18 @@ from kfac_xp.loss_functions import (
 )
 from kfac_xp.operators import Diag, FullMatrix, KroneckerProduct, LinearOperator
 from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
-from kfac_xp.optimizer import KfacOptimizer, StepInfo
+from kfac_xp.optimizer import KfacOptimizer, PeriodicInvCovUpdateKfacOpt, StepInfo
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import (
     IndexedSlices,
     column_to_tensors,
+    flat_to_vectors,
     layer_params_to_mat2d,
     mat2d_to_layer_params,
     matmul_diag_sparse,
     matmul_sparse_dense,
     tensors_to_column,
+    vectors_to_flat,
 )
 from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
 
@@ -108,17 +112,20 @@ __all__ = [
     "FullMatrix",
     "IndexedSlices",
     "KroneckerProduct",
+    "LevenbergMarquardt",
     "LinearOperator",
     "MovingAverage",
     "column_to_tensors",
     "compute_pi_adjusted_damping",
     "compute_pi_tracenorm",
+    "flat_to_vectors",
     "layer_params_to_mat2d",
     "mat2d_to_layer_params",
     "matmul_diag_sparse",
     "matmul_sparse_dense",
     "normalize_damping",
     "tensors_to_column",
+    "vectors_to_flat",
     # factors
     "ConvDiagonalFactor",
     "ConvInputKroneckerFactor",
@@ -175,12 +182,15 @@ __all__ = [
     "OnehotCategoricalLogitsNegativeLogProbLoss",
     "insert_slice_in_zeros",
     # whole models
+    "CurvatureMatrixVectorProductComputer",
     "FisherEstimator",
     "KfacOptimizer",
     "LayerCollection",
+    "PeriodicInvCovUpdateKfacOpt",
     "RegistrationReport",
     "StepInfo",
     "get_default_layer_collection",
+    "make_fisher_estimator",
     "set_default_layer_collection",
     # state
     "flatten_state",

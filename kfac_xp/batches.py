@@ -121,8 +121,8 @@ def split_towers(array: Array, sizes: Sequence[int]) -> list[Array]:
     return [array[end - size : end, ...] for size, end in zip(sizes, ends, strict=True)]
 
 
-def with_uses(name: str, tower: Any, num_uses: int | None, ndim: int) -> Array:
-    """The uses of a layer on one tower as an array [U, N, ...].
+def shape_of_uses(name: str, tower: Any, num_uses: int | None, ndim: int) -> tuple[int, ...]:
+    """``(U, N, ...)``: uses, cases and the rest of the data of a layer on one tower.
 
     Parameters
     ----------
@@ -146,9 +146,9 @@ def with_uses(name: str, tower: Any, num_uses: int | None, ndim: int) -> Array:
                 f"`{name}` must hold one array per use of the layer, all of one shape; "
                 f"got shapes {sorted(shapes)}."
             )
-        stacked = array_namespace(*tower).stack(list(tower))
+        shape = (len(tower), *shapes.pop())
     elif tower.ndim == ndim + 1:
-        stacked = tower
+        shape = tuple(tower.shape)
     elif tower.ndim != ndim:
         raise ValueError(
             f"`{name}` must be a list over uses of arrays with {ndim} axes, or one array with "
@@ -166,12 +166,19 @@ def with_uses(name: str, tower: Any, num_uses: int | None, ndim: int) -> Array:
         )
     else:
         shape = (num_uses, tower.shape[0] // num_uses, *tower.shape[1:])
-        stacked = array_namespace(tower).reshape(tower, shape)
-    if num_uses is not None and stacked.shape[0] != num_uses:
+    if num_uses is not None and shape[0] != num_uses:
         raise ValueError(
-            f"`{name}` must hold `num_uses`={num_uses} uses of the layer; got {stacked.shape[0]}."
+            f"`{name}` must hold `num_uses`={num_uses} uses of the layer; got {shape[0]}."
         )
-    return stacked
+    return shape
+
+
+def with_uses(name: str, tower: Any, num_uses: int | None, ndim: int) -> Array:
+    """The uses of a layer on one tower as an array [U, N, ...]: see `shape_of_uses`."""
+    shape = shape_of_uses(name, tower, num_uses, ndim)
+    if isinstance(tower, (list, tuple)):
+        return array_namespace(*tower).stack(list(tower))
+    return array_namespace(tower).reshape(tower, shape)
 
 
 def uses_folded(x: Array) -> Array:

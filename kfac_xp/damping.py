@@ -1,6 +1,8 @@
-"""How a block's damping is normalised and split between its two Kronecker factors."""
+"""How a block's damping is normalised and split, and how the damping adapts to the loss."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.operators import LinearOperator
@@ -72,3 +74,90 @@ def compute_pi_adjusted_damping(
         raise ValueError(f"`pi_type` must be 'tracenorm' or 'off'; got {pi_type!r}.")
     pi = compute_pi_tracenorm(A, G)
     return damping * pi, damping / pi
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """The rule by which a damping follows how well a quadratic model predicts the loss.
+
+    With ``rho = loss_change / qmodel_change`` and ``omega = decay ** interval``, every `interval`
+    steps::
+
+        damping * omega    if rho > decrease_rho_threshold, or the loss fell against a prediction
+                           that it would rise
+        damping / omega    else if rho < increase_rho_threshold
+
+    and never below ``min_damping + l2_reg``. Comparisons with NaN are false: a change that is NaN,
+    or a prediction of exactly zero, leaves the damping as it is.
+
+    Parameters
+    ----------
+    decay, interval
+        `decay` per step, between 0 and 1; `interval` is the number of steps between adaptations.
+    decrease_rho_threshold, increase_rho_threshold
+        What rho must exceed for a smaller damping, and fall below for a larger one.
+    min_damping, l2_reg
+        Smallest damping beyond the coefficient of the regularisation ``l2_reg / 2 * |theta|**2``
+        that the loss contains.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+
+    References
+    ----------
+    Martens and Grosse (2015), arXiv:1503.05671, section 6.5.
+    """
+
+    decay: float = 0.95
+    interval: int = 5
+    decrease_rho_threshold: float = 0.75
+    increase_rho_threshold: float = 0.25
+    min_damping: float = 1e-8
+    l2_reg: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"`damping_adaptation_decay` must be in (0, 1]; got {self.decay!r}.")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(
+                f"`damping_adaptation_interval` must be a positive int; got {self.interval!r}."
+            )
+        for name in ("min_damping", "l2_reg"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"`{name}` must be a finite number >= 0; got {getattr(self, name)!r}."
+                )
+        if not self.increase_rho_threshold <= self.decrease_rho_threshold:
+            raise ValueError(
+                "`damping_increase_rho_threshold` must not exceed "
+                f"`damping_decrease_rho_threshold`; got {self.increase_rho_threshold!r} and "
+                f"{self.decrease_rho_threshold!r}."
+            )
+
+    def is_due(self, counter: int) -> bool:
+        """True at the last step of every interval; `counter` counts steps from 0."""
+        return (counter + 1) % self.interval == 0
+
+    def __call__(
+        self, damping: Array, loss_change: Array, qmodel_change: Array
+    ) -> tuple[Array, Array]:
+        """The new damping, and rho: 0-d arrays, chosen on the device.
+
+        Parameters
+        ----------
+        damping, loss_change, qmodel_change
+            0-d arrays of one dtype: the damping now, the change of the mean loss that a step
+            made, and the change that the quadratic model had predicted.
+        """
+        xp = array_namespace(damping, loss_change, qmodel_change)
+        omega = self.decay**self.interval
+        undefined = xp.full_like(qmodel_change, xp.nan)
+        rho = loss_change / xp.where(qmodel_change == 0, undefined, qmodel_change)
+        decrease = ((loss_change < 0) & (qmodel_change > 0)) | (rho > self.decrease_rho_threshold)
+        increase = rho < self.increase_rho_threshold
+        raised = xp.where(increase, damping / omega, damping)
+        adapted = xp.where(decrease, damping * omega, raised)
+        floor = xp.full_like(adapted, self.min_damping + self.l2_reg)
+        return xp.where(adapted < floor, floor, adapted), rho

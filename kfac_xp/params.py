@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_xp.backend import array_namespace, require_one_place
+from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
 from kfac_xp.linalg import add_rows
-from kfac_xp.typing import Array, Params, Vectors
+from kfac_xp.typing import Array, Params, Scalar, Vectors
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,53 @@ def map_vectors(function: Callable[..., Array], *vectors: Vectors) -> dict[str, 
     return {name: map_params(function, *(v[name] for v in vectors)) for name in vectors[0]}
 
 
-def inner_product(a: Vectors, b: Vectors) -> Array:
-    """Sum of the products of all corresponding entries: 0-d."""
-    products = map_vectors(lambda x, y: array_namespace(x, y).sum(x * y), a, b)
+def scaled(factor: Scalar, vectors: Vectors) -> dict[str, Params]:
+    """``factor * vectors`` in the dtypes of `vectors`, whatever that of the factor."""
+    return map_vectors(lambda a: as_scalar_like(factor, a) * a, vectors)
+
+
+def inner_product(a: Vectors, b: Vectors, dtype: Any = None) -> Array:
+    """Sum of the products of all corresponding entries: 0-d, in `dtype` if one is given."""
+
+    def product(x: Array, y: Array) -> Array:
+        if dtype is not None:
+            x, y = cast(x, dtype), cast(y, dtype)
+        return array_namespace(x, y).sum(x * y)
+
+    products = map_vectors(product, a, b)
     return sum(p for layer in products.values() for p in as_arrays(layer))
+
+
+def vectors_to_flat(vectors: Vectors) -> Array:
+    """All arrays raveled row-major and concatenated in the order of the dict: shape [n]."""
+    arrays = [a for params in vectors.values() for a in as_arrays(params)]
+    xp = array_namespace(*arrays)
+    return xp.concat([xp.reshape(a, (-1,)) for a in arrays])
+
+
+def flat_to_vectors(template: Vectors, flat: Array) -> dict[str, Params]:
+    """Inverse of `vectors_to_flat`; `template` gives the layers, their order and their shapes.
+
+    Raises
+    ------
+    ValueError
+        If `flat` does not have one entry per entry of `template`.
+    """
+    sizes = [math.prod(a.shape) for params in template.values() for a in as_arrays(params)]
+    if tuple(flat.shape) != (sum(sizes),):
+        raise ValueError(
+            f"`flat` must have shape ({sum(sizes)},), one entry per parameter; "
+            f"got {tuple(flat.shape)}."
+        )
+    xp = array_namespace(flat)
+    start = 0
+
+    def next_piece(like: Array) -> Array:
+        nonlocal start
+        begin, start = start, start + math.prod(like.shape)
+        return xp.reshape(flat[begin:start], tuple(like.shape))
+
+    return map_vectors(next_piece, template)
 
 
 def as_arrays(params: Params) -> tuple[Array, ...]:

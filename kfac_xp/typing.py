@@ -46,7 +46,9 @@ class Linearization(Protocol):
     """A model at given parameters on one batch: what the forward pass left behind.
 
     Anything with these members serves. Cotangents are structured as `outputs` and carry gradients
-    of *sums* over cases.
+    of *sums* over cases. Two more members are asked for where a calculation needs them:
+    ``jvp(tangent)``, see `ForwardLinearization`, and ``second_order(cotangents, tangent)``, see
+    `SecondOrderLinearization`.
     """
 
     outputs: Any
@@ -59,3 +61,25 @@ class Linearization(Protocol):
         self, cotangents: Any, parameters: bool = True
     ) -> tuple[Mapping[str, Params] | None, Mapping[str, Array]]:
         """Gradients of the parameters (or None) and of each layer's preactivations."""
+
+
+class ForwardLinearization(Linearization, Protocol):
+    """A linearised model that also multiplies by its Jacobian: quadratic models, exact products."""
+
+    def jvp(self, tangent: Mapping[str, Params]) -> Any:
+        """``J v``: the change of `outputs`, structured like them, along ``{layer: params}``."""
+
+
+class SecondOrderLinearization(ForwardLinearization, Protocol):
+    """A linearised model that also differentiates its gradients: products with the Hessian.
+
+    The Hessian of a loss of the outputs is ``J.T H_loss J`` plus the curvature of the model, seen
+    through the gradient of the loss. The library knows the loss, the model knows its curvature.
+    """
+
+    def second_order(self, cotangents: Any, tangent: Mapping[str, Params]) -> Mapping[str, Params]:
+        """Derivative of the parameter gradients of ``vjp(cotangents)`` along `tangent`.
+
+        The cotangents are held fixed. In JAX, with ``f`` from parameters to outputs:
+        ``jax.jvp(lambda p: jax.vjp(f, p)[1](cotangents)[0], (params,), (tangent,))[1]``.
+        """

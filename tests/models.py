@@ -38,6 +38,24 @@ class TanhNet:
             for name, ds in grads.items()
         }, grads
 
+    def jvp(self, tangent):
+        (t1, u1), (t2, u2) = tangent["one"], tangent["two"]
+        da1 = (self.x @ t1 + u1) * (1 - self.a1 * self.a1)
+        return da1 @ self.params["two"][0] + self.a1 @ t2 + u2
+
+    def second_order(self, ds2, tangent):
+        """Derivative of the gradients of ``vjp(ds2)`` along `tangent`, ds2 held fixed."""
+        xp = array_namespace(ds2)
+        (t1, u1), (t2, _) = tangent["one"], tangent["two"]
+        slope = 1 - self.a1 * self.a1
+        da1 = (self.x @ t1 + u1) * slope
+        back = ds2 @ xp.matrix_transpose(self.params["two"][0])
+        ds1 = (ds2 @ xp.matrix_transpose(t2)) * slope - back * 2 * self.a1 * da1
+        return {
+            "one": (xp.matrix_transpose(self.x) @ ds1, xp.sum(ds1, axis=0)),
+            "two": (xp.matrix_transpose(da1) @ ds2, xp.zeros_like(self.params["two"][1])),
+        }
+
 
 @dataclass
 class SmallConvNet:

@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from kfac_xp.damping import compute_pi_adjusted_damping, compute_pi_tracenorm, normalize_damping
+from kfac_xp.damping import (
+    LevenbergMarquardt,
+    compute_pi_adjusted_damping,
+    compute_pi_tracenorm,
+    normalize_damping,
+)
 from kfac_xp.operators import FullMatrix
 from tests.cases import assert_close
 
@@ -31,3 +36,48 @@ def test_normalize_damping():
     assert normalize_damping(0.3, 9) == 0.3 / 9
     assert normalize_damping(0.3, 9, 0.5) == 0.3 / 3
     assert normalize_damping(0.3, 9, 0) == normalize_damping(0.3, 9, None) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "predicted", "expected"),
+    [
+        (-0.8, -1.0, 0.1 * 0.25),  # rho 0.8: a good model
+        (-0.75, -1.0, 0.1),  # neither above 0.75
+        (-0.25, -1.0, 0.1),  # nor below 0.25
+        (-0.2, -1.0, 0.1 / 0.25),
+        (0.1, -1.0, 0.1 / 0.25),  # the loss rose
+        (-0.1, 1.0, 0.1 * 0.25),  # fell against the prediction: rho is negative
+        (0.1, 1.0, 0.1 / 0.25),
+        (2.0, 1.0, 0.1 * 0.25),
+        (np.nan, -1.0, 0.1),
+        (np.inf, -1.0, 0.1 / 0.25),
+        (-1.0, 0.0, 0.1),
+    ],
+)
+def test_levenberg_marquardt(xp, change, predicted, expected):
+    rule = LevenbergMarquardt(decay=0.5, interval=2)
+    damping, change, predicted = (xp.asarray(a, dtype=xp.float64) for a in (0.1, change, predicted))
+    adapted, rho = rule(damping, change, predicted)
+    assert_close(adapted, expected, 1e-15)
+    assert adapted.shape == rho.shape == ()
+    if predicted != 0:
+        assert np.array_equal(float(rho), float(change / predicted), equal_nan=True)
+
+
+def test_levenberg_marquardt_stops_at_the_floor():
+    rule = LevenbergMarquardt(decay=0.5, interval=2, min_damping=0.05, l2_reg=0.02)
+    adapted, _ = rule(np.asarray(0.1), np.asarray(-1.0), np.asarray(-1.0))
+    assert float(adapted) == 0.05 + 0.02
+    assert [rule.is_due(counter) for counter in range(4)] == [False, True, False, True]
+
+
+def test_levenberg_marquardt_refuses():
+    for keywords, message in (
+        ({"decay": 0.0}, r"`damping_adaptation_decay` must be in \(0, 1\]"),
+        ({"interval": 0}, "`damping_adaptation_interval` must be a positive int"),
+        ({"min_damping": -1.0}, "`min_damping` must be a finite number"),
+        ({"l2_reg": float("nan")}, "`l2_reg` must be a finite number"),
+        ({"increase_rho_threshold": 0.9}, "`damping_increase_rho_threshold` must not exceed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LevenbergMarquardt(**keywords)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from kfac_xp.linearized_batch import LinearizedBatch
 from tests.cases import assert_close, load, to_numpy
 from tests.models import SmallConvNet, TanhNet
 
@@ -44,10 +45,48 @@ class FixedDraws:
         raise AssertionError("a categorical distribution draws no normals")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c for c, (m, _) in load("estimator_modes").items() if m["mode"] in ("empirical", "gradients")],
-)
+class TwoHeads(TanhNet):
+    """The outputs of a `TanhNet` under two names, the second doubled."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.outputs = {"a": self.outputs, "b": 2 * self.outputs}
+
+    def vjp(self, ds, parameters=True):
+        return super().vjp(ds["a"] + 2 * ds["b"], parameters)
+
+    def jvp(self, tangent):
+        change = super().jvp(tangent)
+        return {"a": change, "b": 2 * change}
+
+    def second_order(self, ds, tangent):
+        return super().second_order(ds["a"] + 2 * ds["b"], tangent)
+
+
+def two_head_layers(params):
+    layers = kfac_xp.LayerCollection()
+    for name in params:
+        layers.register_fully_connected(name, params[name])
+    layers.register_categorical_predictive_distribution("a", coeff=3.0)
+    layers.register_squared_error_loss("b", coeff=0.5)
+    return layers
+
+
+class FixedSigns:
+    """A device generator whose uniform draws give chosen signs."""
+
+    def __init__(self, xp, signs):
+        self.draws = xp.asarray(np.where(signs > 0, 0.75, 0.25))
+
+    def uniform(self, shape):
+        assert tuple(shape) == tuple(self.draws.shape)
+        return self.draws
+
+    def normal(self, shape):
+        raise AssertionError("signs are drawn from uniforms")
+
+
+@pytest.mark.parametrize("case", list(load("estimator_modes")))
 def test_modes_match_the_reference(xp, case):
     meta, arrays = load("estimator_modes")[case]
     params, x = tanh_net_arrays(xp, arrays), xp.asarray(arrays["in.x"])
@@ -56,10 +95,20 @@ def test_modes_match_the_reference(xp, case):
         layers, meta["damping"], estimation_mode=meta["mode"], exps=(-1, -0.5)
     )
     net = TanhNet(params, x)
-    targets = xp.asarray(arrays["in.targets"].astype(np.int64))
+    targets = xp.asarray(arrays["in.targets"])
+    if meta["loss"] == "categorical":
+        targets = xp.asarray(arrays["in.targets"].astype(np.int64))
     draws = None
     if meta["mode"] == "gradients":
         draws = FixedDraws(xp, net.outputs, arrays["in.sampled_targets"].astype(int))
+    elif meta["mode"].startswith("curvature_prop"):
+        draws = FixedSigns(xp, arrays["in.random_signs"])
+    batch = LinearizedBatch(layers, net, targets)
+    for s, source in enumerate(estimator.mode_sources(batch, draws)):
+        for i, layer in enumerate(params):
+            (actual,) = source.outputs_grads[layer]
+            assert_close(actual, arrays[f"out.grads.{s}.{i}"], 1e-7, f"grads.{s}.{i}")
+    assert f"out.grads.{s + 1}.0" not in arrays
     estimator.update_cov(net, targets, ema_decay=meta["cov_ema_decay"], generator=draws)
     estimator.update_inverses()
     for i, factor in enumerate(estimator.factors):
@@ -156,17 +205,221 @@ class TestAgainstTheExactFisher:
         fisher = jacobians[0].T @ (np.diag(q) - np.outer(q, q)) @ jacobians[0]
         assert_close(layers.fisher_blocks["dense"].full_fisher_block(), fisher, 1e-6)
 
-    def test_sampled_gradients_converge_to_it(self, rng):
+    @pytest.mark.parametrize("layer", ["conv", "dense"])
+    def test_the_exact_modes_give_it_without_draws(self, rng, layer):
+        params, x, _ = random_conv_net(np, rng)
+        net = SmallConvNet(params, x, (2, 1))
+        jacobians = per_case_jacobians(params, lambda p: SmallConvNet(p, x, (2, 1)), len(x), layer)
+        p = np.exp(net.outputs) / np.exp(net.outputs).sum(-1, keepdims=True)
+        loss_fisher = np.stack([np.diag(q) - np.outer(q, q) for q in p])
+        fisher = np.einsum("nkp,nkl,nlq->pq", jacobians, loss_fisher, jacobians) / len(x)
+        for mode in ("exact", "exact_GGN"):
+            layers = conv_layers(params, conv="diagonal", dense="diagonal")
+            estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode=mode)
+            estimator.update_cov(net)
+            block = layers.fisher_blocks[layer]
+            assert_close(np.diagonal(block.full_fisher_block()), np.diagonal(fisher), 1e-6, mode)
+
+    @pytest.mark.parametrize(
+        ("mode", "updates", "keywords"),
+        [
+            ("gradients", 2000, {}),
+            ("gradients", 500, {"num_samples": 4}),
+            ("curvature_prop", 2000, {}),
+            ("curvature_prop_GGN", 2000, {}),
+        ],
+    )
+    def test_drawn_sources_converge_to_it(self, rng, mode, updates, keywords):
         """The mean over many draws is the exact second moment, at the Monte-Carlo rate."""
         params, x, _ = random_tanh_net(np, rng)
         net = TanhNet(params, x)
         exact = kfac_xp.FisherEstimator(tanh_layers(params), damping=0.1)
         exact.update_cov(self.exact_statistics(params, net, len(x)))
-        sampled = kfac_xp.FisherEstimator(tanh_layers(params), damping=0.1, seed=3)
-        for _ in range(2000):
-            sampled.update_cov(net, ema_decay=1.0)
-        for a, b in zip(exact.factors, sampled.factors, strict=True):
+        drawn = kfac_xp.FisherEstimator(
+            tanh_layers(params), damping=0.1, seed=3, estimation_mode=mode, **keywords
+        )
+        for _ in range(updates):
+            drawn.update_cov(net, ema_decay=1.0)
+        for a, b in zip(exact.factors, drawn.factors, strict=True):
             assert_close(b.cov, a.cov, 0.06, a.name)
+
+
+def test_exact_sources_by_explicit_loops(rng):
+    """Two losses with coefficients over two towers: one source per loss and coordinate."""
+    params, x, _ = random_tanh_net(np, rng)
+    layers = two_head_layers(params)
+    estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode="exact")
+    estimator.update_cov([TwoHeads(params, x[:3]), TwoHeads(params, x[3:])])
+    net = TwoHeads(params, x)
+    logits = net.outputs["a"]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    G = {"one": np.zeros((4, 4)), "two": np.zeros((3, 3))}
+    back = params["two"][0]
+    for n in range(6):
+        # The Fisher of case n at s2, which head b sees doubled, with var 0.5.
+        fisher = 3.0 * (np.diag(p[n]) - np.outer(p[n], p[n])) + 4 * 0.5 * np.eye(3) / 0.5
+        slope = (1 - net.a1[n] ** 2)[:, None] * back
+        G["two"] += fisher / 6
+        G["one"] += slope @ fisher @ slope.T / 6
+    for name, expected in G.items():
+        assert_close(layers.fisher_blocks[name].output_factor.cov, expected, 1e-12, name)
+    batch = LinearizedBatch(layers, net, None)
+    assert len(list(estimator.mode_sources(batch))) == 6
+
+
+@pytest.mark.parametrize("mode", ["gradients", "curvature_prop", "exact", "curvature_prop_GGN"])
+def test_sources_do_not_depend_on_how_a_batch_is_split(rng, mode):
+    params, x, _ = random_tanh_net(np, rng)
+    covs = []
+    for nets in (TwoHeads(params, x), [TwoHeads(params, x[:3]), TwoHeads(params, x[3:])]):
+        estimator = kfac_xp.FisherEstimator(
+            two_head_layers(params), 0.1, estimation_mode=mode, seed=5, compute_params_stats=True
+        )
+        estimator.update_cov(nets)
+        stats = estimator.params_stats
+        covs.append([f.cov for f in estimator.factors] + [*stats["one"], *stats["two"]])
+    for a, b in zip(*covs, strict=True):
+        assert_close(b, a, 1e-12, mode)
+
+
+@pytest.mark.more
+def test_params_stats_are_the_gradients_of_all_sources_per_case(xp, rng):
+    params, x, targets = random_tanh_net(xp, rng)
+    estimator = kfac_xp.FisherEstimator(
+        tanh_layers(params, coeff=2.0), 0.1, estimation_mode="empirical", compute_params_stats=True
+    )
+    with pytest.raises(RuntimeError, match="Pass `compute_params_stats=True`"):
+        _ = estimator.params_stats
+    nets = [TanhNet(params, x[:3, :]), TanhNet(params, x[3:, :])]
+    estimator.update_cov(nets, [targets[:3], targets[3:]])
+    net = TanhNet(params, x)
+    loss = kfac_xp.CategoricalLogitsNegativeLogProbLoss(net.outputs, targets)
+    summed, ds = net.vjp(2.0 * loss.gradient())
+    for name in params:
+        for a, b in zip(estimator.params_stats[name], summed[name], strict=True):
+            assert_close(a, to_numpy(b) / 6, 1e-12, name)
+    estimator.update_cov(net, targets, batch_size=12)
+    assert_close(estimator.params_stats["one"][0], to_numpy(summed["one"][0]) / 12, 1e-12)
+    with pytest.raises(ValueError, match="`compute_params_stats` needs a model"):
+        estimator.update_cov({name: (net.layer_inputs[name], ds[name]) for name in params})
+
+
+@pytest.mark.more
+def test_cholesky_products(xp, rng):
+    params, x, _ = random_tanh_net(xp, rng)
+    estimator = kfac_xp.FisherEstimator(
+        tanh_layers(params), 0.1, compute_cholesky=True, compute_cholesky_inverse=True
+    )
+    estimator.update_cov(TanhNet(params, x))
+    estimator.update_inverses()
+    squared = estimator.multiply_cholesky(estimator.multiply_cholesky(params, transpose=True))
+    inverse = estimator.multiply_cholesky_inverse(
+        estimator.multiply_cholesky_inverse(params), transpose=True
+    )
+    for result, expected in (
+        (squared, estimator.multiply(params)),
+        (inverse, estimator.multiply_inverse(params)),
+    ):
+        for name in params:
+            for a, b in zip(result[name], expected[name], strict=True):
+                assert_close(a, to_numpy(b), 1e-10, name)
+    plain = kfac_xp.FisherEstimator(tanh_layers(params), 0.1)
+    with pytest.raises(RuntimeError, match="Pass `compute_cholesky=True`"):
+        plain.multiply_cholesky(params)
+    with pytest.raises(RuntimeError, match="Pass `compute_cholesky_inverse=True`"):
+        plain.multiply_cholesky_inverse(params)
+
+
+def test_generic_parameters_get_the_gradients_over_all_towers(rng):
+    """They need no inputs: a layer registered as generic is missing from `layer_inputs`."""
+    params, x, _ = random_tanh_net(np, rng)
+    layers = kfac_xp.LayerCollection()
+    layers.register_generic("one", params["one"], "full")
+    layers.register_fully_connected("two", params["two"])
+    layers.register_categorical_predictive_distribution("out")
+    estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode="exact")
+    nets = [TanhNet(params, x[:3]), TanhNet(params, x[3:])]
+    for net in nets:
+        del net.layer_inputs["one"]
+        net.vjp = lambda ds, parameters, x=net.x: TanhNet(params, x).vjp(ds, parameters)
+    estimator.update_cov(nets)
+    estimator.update_inverses()
+    whole = LinearizedBatch(layers, TanhNet(params, x), None)
+    columns = []
+    for cotangents in whole.exact_cotangents():
+        kernel, bias = whole.vjp(cotangents)[0]["one"]
+        columns.append(np.concatenate([kernel.ravel(), bias]))
+    expected = sum(np.outer(c, c) for c in columns) / len(x)
+    block = layers.fisher_blocks["one"]
+    assert_close(block.full_fisher_block(), expected, 1e-12)
+    again = kfac_xp.LayerCollection()
+    again.register_generic("one", params["one"], "full")
+    estimator = kfac_xp.FisherEstimator(again, 0.1)
+    grads = [(c[: params["one"][0].size].reshape(params["one"][0].shape), c[-4:]) for c in columns]
+    estimator.update_cov({"one": (len(x), grads)})
+    assert_close(again.fisher_blocks["one"].full_fisher_block(), expected, 1e-12)
+
+
+def test_thunks_are_one_per_factor(rng):
+    params, x, _ = random_tanh_net(np, rng)
+    estimator = kfac_xp.make_fisher_estimator(layer_collection=tanh_layers(params), damping=0.1)
+    assert estimator.variables == []
+    cov_updates, inverse_updates = estimator.make_vars_and_create_op_thunks()
+    assert len(cov_updates) == len(inverse_updates) == len(estimator.factors) == 4
+    assert len(estimator.get_cov_vars()) == len(estimator.get_inv_vars()) == 4
+    same = estimator.multiply_inverse(params)  # identities before the first refresh
+    assert_close(same["one"][0], params["one"][0], 0.0)
+    with pytest.raises(RuntimeError, match=r"one\.input is bound to no data"):
+        cov_updates[0]()
+    estimator.update_cov(TanhNet(params, x))
+    for update in inverse_updates:
+        update()
+    by_thunks = estimator.multiply_inverse(params)
+    estimator.update_inverses()
+    assert_close(by_thunks["two"][0], estimator.multiply_inverse(params)["two"][0], 1e-14)
+    assert len(estimator.variables) == 8
+
+
+def test_placement(rng):
+    params, _, _ = random_tanh_net(np, rng)
+    for strategy in ("round_robin", "replica_round_robin"):
+        with pytest.raises(NotImplementedError, match="belongs to data-parallel use"):
+            kfac_xp.make_fisher_estimator(
+                strategy, layer_collection=tanh_layers(params), damping=0.1
+            )
+    with pytest.raises(ValueError, match="`placement_strategy` must be None"):
+        kfac_xp.make_fisher_estimator("first", layer_collection=tanh_layers(params), damping=0.1)
+
+
+def test_a_body_that_raises_leaves_the_estimator_as_it_was(rng):
+    params, x, _ = random_conv_net(np, rng)
+    net = SmallConvNet(params, x, (2, 1))
+    estimator = kfac_xp.FisherEstimator(
+        conv_layers(params, dense="diagonal"), 0.1, compute_params_stats=True
+    )
+
+    def work():
+        estimator.update_cov(net)
+        estimator.update_inverses()
+        raise KeyboardInterrupt
+
+    def everything():
+        return kfac_xp.flatten_state(estimator.state_dict())
+
+    for updates in range(2):  # before there is anything, and after
+        before = everything()
+        with pytest.raises(KeyboardInterrupt), estimator.unchanged_on_error():
+            work()
+        after = everything()
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[k], after[k]) for k in before)
+        if not updates:
+            with pytest.raises(RuntimeError, match="no covariance yet"):
+                _ = estimator.factors[0].cov
+            with pytest.raises(RuntimeError, match="there are no `params_stats`"):
+                _ = estimator.params_stats
+        estimator.update_cov(net)
+        estimator.update_inverses()
 
 
 def test_modes_need_no_more_backward_passes_than_sources(xp, rng):
@@ -200,19 +453,7 @@ def test_all_libraries_draw_alike(xp, rng):
 def test_two_losses_add_their_gradients(rng):
     params, x, targets = random_tanh_net(np, rng)
 
-    class TwoHeads(TanhNet):
-        def __post_init__(self):
-            super().__post_init__()
-            self.outputs = {"a": self.outputs, "b": 2 * self.outputs}
-
-        def vjp(self, cotangents, parameters=True):
-            return super().vjp(cotangents["a"] + 2 * cotangents["b"], parameters)
-
-    layers = kfac_xp.LayerCollection()
-    for name in params:
-        layers.register_fully_connected(name, params[name])
-    layers.register_categorical_predictive_distribution("a", coeff=3.0)
-    layers.register_squared_error_loss("b", coeff=0.5)
+    layers = two_head_layers(params)
     estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode="empirical")
     regression = rng.normal(size=(6, 3))
     net = TwoHeads(params, x)
@@ -394,6 +635,64 @@ class TestBadInput:
             estimator.update_cov(TanhNet(params, x), targets)
         estimator.estimation_mode = "empirical"
         estimator.update_cov(TanhNet(params, x), targets)
+
+    @pytest.mark.parametrize(
+        ("mode", "method"),
+        [
+            ("curvature_prop", "multiply_fisher_factor"),
+            ("exact", "multiply_fisher_factor_replicated_one_hot"),
+            ("exact_GGN", "multiply_ggn_factor_replicated_one_hot"),
+        ],
+    )
+    def test_a_loss_that_serves_only_some_modes(self, rng, mode, method):
+        params, x, _ = random_tanh_net(np, rng)
+
+        class Drawn:
+            def __init__(self, outputs, targets):
+                pass
+
+            def sample(self, generator):
+                raise AssertionError
+
+            evaluate = gradient = sample
+
+        layers = kfac_xp.LayerCollection()
+        for name in params:
+            layers.register_fully_connected(name, params[name])
+        layers.register_loss("own", Drawn)
+        estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode=mode)
+        modes = r"the estimation modes \['gradients', 'empirical'\]"
+        with pytest.raises(TypeError, match=rf"'own' \(Drawn\) has no `{method}` method.*{modes}"):
+            estimator.update_cov(TanhNet(params, x))
+
+    @pytest.mark.parametrize("mode", ["curvature_prop_GGN", "exact_GGN"])
+    def test_a_loss_without_a_ggn(self, rng, mode):
+        params, x, _ = random_tanh_net(np, rng)
+
+        class NoGGN(kfac_xp.NormalMeanNegativeLogProbLoss):
+            def multiply_ggn_factor(self, vector):
+                raise NotImplementedError("the Hessian depends on the targets.")
+
+            multiply_ggn_factor_replicated_one_hot = multiply_ggn_factor
+
+        layers = kfac_xp.LayerCollection()
+        for name in params:
+            layers.register_fully_connected(name, params[name])
+        layers.register_loss("own", lambda mean, targets: NoGGN(mean, 0.5, targets))
+        estimator = kfac_xp.FisherEstimator(layers, 0.1, estimation_mode=mode)
+        with pytest.raises(
+            NotImplementedError, match=rf"'own' \(NoGGN\) .*{mode}.* Use its Fisher"
+        ):
+            estimator.update_cov(TanhNet(params, x))
+
+    def test_num_samples(self, rng):
+        params, _, _ = random_tanh_net(np, rng)
+        with pytest.raises(ValueError, match="`num_samples` must be a positive int; got 0"):
+            kfac_xp.FisherEstimator(tanh_layers(params), 0.1, num_samples=0)
+        with pytest.raises(ValueError, match="`num_samples` belongs to the estimation mode"):
+            kfac_xp.FisherEstimator(
+                tanh_layers(params), 0.1, num_samples=2, estimation_mode="exact"
+            )
 
     def test_inverses_before_statistics(self, rng):
         params, _, _ = random_tanh_net(np, rng)

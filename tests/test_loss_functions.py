@@ -295,7 +295,7 @@ def test_mean_and_variance_over_towers(rng):
     def cotangents(*parts):
         nets = [SimpleNamespace(outputs=(mean[p], variance[p])) for p in parts]
         batch = LinearizedBatch(layers, nets, [targets[p] for p in parts])
-        for towers in (batch.sampled_cotangents(3), batch.data_cotangents()):
+        for towers in (next(batch.sampled_cotangents(3)), batch.data_cotangents()):
             yield np.concatenate([flat(tower["y"]) for tower in towers])
 
     sampled, data = cotangents(slice(None))

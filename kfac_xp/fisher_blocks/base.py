@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
@@ -51,6 +51,9 @@ class FisherBlock(abc.ABC):
         self.name = name or type(self).__name__
         self._named = name is not None
         self._damping: Damping | None = None
+
+    has_uses: ClassVar[bool] = False
+    """Whether the data of a tower may be a list over uses of the layer."""
 
     needs_params_grads: ClassVar[bool] = False
     """Whether statistics are made of the parameters' gradients, not of the layer's data."""
@@ -189,6 +192,21 @@ class FisherBlock(abc.ABC):
 
     def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `own_state_dict`."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts the block's own attributes back as they are now.
+
+        Factors, which blocks may share, have a `snapshot` of their own.
+        """
+        saved = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(self).items()}
+
+        def restore() -> None:
+            vars(self).clear()
+            vars(self).update(
+                {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in saved.items()}
+            )
+
+        return restore
 
     # ------------------------------------------------------------------ for subclasses
 

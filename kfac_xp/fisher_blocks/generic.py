@@ -29,6 +29,7 @@ class _NaiveFB(FisherBlock):
         **options: Any,
     ) -> None:
         super().__init__(layer_collection, name=name, **options)
+        self._params = params
         self._shapes = param_shapes(params)
         self._batch_sizes: list[int | None] = []
 
@@ -41,9 +42,9 @@ class _NaiveFB(FisherBlock):
         """How many towers were registered."""
         return len(self._batch_sizes)
 
-    def tensors_to_compute_grads(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the parameters: the gradients of the loss are taken with respect to them."""
-        return self._shapes
+    def tensors_to_compute_grads(self) -> Params:
+        """The parameters: the gradients of the loss are taken with respect to them."""
+        return self._params
 
     def instantiate_factors(self, grads_list: Iterable[Params] | Params, damping: Damping) -> None:
         """Make the factor, or get the one that the collection shares.
@@ -148,7 +149,7 @@ class NaiveFullFB(_NaiveFB, FullFB):
     layer_collection
         The collection that the block belongs to, or None.
     params
-        An array or a tuple of arrays. Only shapes are read.
+        An array or a tuple of arrays. Shapes, dtype, library and device are read.
     name, **options
         As for `FisherBlock`.
     """
@@ -167,7 +168,7 @@ class NaiveDiagonalFB(_NaiveFB, DiagonalFB):
     layer_collection
         The collection that the block belongs to, or None.
     params
-        One array. Only its shape is read.
+        One array. Its shape, dtype, library and device are read.
     name, **options
         As for `FisherBlock`.
 

@@ -13,6 +13,7 @@ from kfac_xp.batches import (
     bind,
     concat_towers,
     require_shape,
+    shape_of_uses,
     uses_folded,
     with_uses,
 )
@@ -24,8 +25,6 @@ from kfac_xp.typing import Array, Damping, Scalar, Sources, Towers
 
 class InputOutputMultiTower(FisherBlock):
     """A block whose statistics are made of a layer's inputs and its preactivations' gradients."""
-
-    _has_uses = False
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -73,7 +72,7 @@ class InputOutputMultiTower(FisherBlock):
                 f"{self.name} has no towers. Call `register_additional_tower(inputs, outputs)` "
                 "first."
             )
-        grads = bind("grads_list", grads_list, uses=self._has_uses)
+        grads = bind("grads_list", grads_list, uses=self.has_uses)
         if len(grads[0]) != len(self._inputs):
             raise ValueError(
                 f"`grads_list` must have one array per registered tower, {len(self._inputs)}; "
@@ -119,10 +118,10 @@ class InputOutputMultiTower(FisherBlock):
             Before `instantiate_factors`, or if a factor is shared with another block.
         """
         self._require_own_factors()
-        towers = as_towers("inputs", inputs, uses=self._has_uses)
+        towers = as_towers("inputs", inputs, uses=self.has_uses)
         moments = dict(self.input_moments(towers))
         has_sources = False
-        for s, grads in enumerate(as_sources("outputs_grads", outputs_grads, uses=self._has_uses)):
+        for s, grads in enumerate(as_sources("outputs_grads", outputs_grads, uses=self.has_uses)):
             has_sources = True
             add_moments(moments, self.source_moments(towers, grads, source=s))
         if not has_sources:
@@ -219,7 +218,7 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
     tower that is a list over uses is given as ``[[first_use, second_use]]``.
     """
 
-    _has_uses = True
+    has_uses = True
 
     def __init__(self, *args: Any, num_uses: int | None, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -249,7 +248,7 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         """Fix the number of uses by the first batch."""
         super().note_batch(inputs)
         if self._seen_num_uses is None:
-            self._seen_num_uses = int(self._tower("inputs", inputs[0]).shape[0])
+            self._seen_num_uses = self._shape("inputs", inputs[0])[0]
 
     def own_state_dict(self) -> dict[str, Any]:
         """The number of uses, once a batch was seen."""
@@ -264,7 +263,7 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
 
     def num_cases(self, inputs: list[Any]) -> list[int]:
         """Number of cases of each tower."""
-        return [self._tower("inputs", x).shape[1] for x in inputs]
+        return [self._shape("inputs", x)[1] for x in inputs]
 
     def _check_towers(self, inputs: list[Any]) -> None:
         super()._check_towers(inputs)
@@ -327,13 +326,18 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         _require_as_many(label, grads, inputs)
         towers = []
         for t, (x, g) in enumerate(zip(inputs, grads, strict=True)):
-            xs, name = self._tower(f"inputs[{t}]", x), f"{label}[{t}]"
-            gs = with_uses(name, g, xs.shape[0], self._num_axes_of_outputs)
-            folded = uses_folded(xs)
-            why = f"for inputs of shape {tuple(folded.shape)}"
-            require_shape(name, uses_folded(gs), self._output_pattern(folded), why)
+            (uses, cases, *rest), name = self._shape(f"inputs[{t}]", x), f"{label}[{t}]"
+            gs = with_uses(name, g, uses, self._num_axes_of_outputs)
+            folded = Placeholder((uses * cases, *rest), gs)
+            pattern = self._output_pattern(folded)
+            require_shape(name, uses_folded(gs), pattern, f"for inputs of shape {folded.shape}")
             towers.append(gs)
         return self._joined(towers)
+
+    def _shape(self, name: str, tower: Any) -> tuple[int, ...]:
+        """``(U, N, ...)`` of the inputs of one tower."""
+        label, ndim = f"{self.name}: {name}", self._num_axes_of_inputs
+        return shape_of_uses(label, tower, self._known_num_uses, ndim)
 
 
 def _require_as_many(label: str, grads: list[Any], inputs: list[Any]) -> None:

@@ -17,7 +17,7 @@ from kfac_xp.fisher_factors.fully_connected import (
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
 )
-from kfac_xp.fisher_factors.generic import NaiveDiagonalFactor, NaiveFullFactor
+from kfac_xp.fisher_factors.generic import NaiveDiagonalFactor, NaiveFullFactor, params_sources
 from kfac_xp.fisher_factors.multi_use import (
     ConvInputMultiKF,
     ConvOutputMultiKF,
@@ -51,5 +51,6 @@ __all__ = [
     "ScaleAndShiftDiagonalFactor",
     "ScaleAndShiftFactor",
     "ScaleAndShiftFullFactor",
+    "params_sources",
     "refresh_factors",
 ]

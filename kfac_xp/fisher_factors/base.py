@@ -23,6 +23,7 @@ from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations import (
     DampingKey,
+    PowerCache,
     Representation,
     Request,
     refresh,
@@ -337,6 +338,25 @@ class FisherFactor(abc.ABC):
             self._require_average().load_state_dict(state["average"])
         self._powers.load_state_dict(state.get("powers", {}), self._like)
 
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts everything back as it is now.
+
+        Arrays are never written in place, so references to them suffice. Only a report that
+        statistics were not finite, made in between, stays made: its flag is not raised again.
+        """
+        holders = _stateful(self)
+        saved = [(holder, _shallow_copy(vars(holder))) for holder in holders]
+
+        def restore() -> None:
+            for holder, attributes in saved:
+                reported = isinstance(holder, MovingAverage) and holder.all_finite is None
+                vars(holder).clear()
+                vars(holder).update(_shallow_copy(attributes))
+                if reported:
+                    vars(holder)["all_finite"] = None
+
+        return restore
+
     # ------------------------------------------------------------------ for subclasses
 
     @abc.abstractmethod
@@ -404,6 +424,20 @@ class FisherFactor(abc.ABC):
 
 def _matpower(exp: float, damping: Damping) -> Request:
     return Request("matpower", float(exp), DampingKey(damping))
+
+
+def _stateful(holder: Any) -> list[Any]:
+    """`holder` and the averages, representations and tables that it holds, directly or not."""
+    found = [holder]
+    for value in vars(holder).values():
+        if isinstance(value, (MovingAverage, Representation, PowerCache)):
+            found += _stateful(value)
+    return found
+
+
+def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes, with containers that are changed in place copied."""
+    return {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in attributes.items()}
 
 
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:

@@ -27,7 +27,7 @@ class _NaiveFactor(FisherFactor):
         name: str | None,
         options: dict[str, Any],
     ) -> None:
-        sources = list(_sources_of(params_grads))
+        sources = list(params_sources(params_grads))
         if not sources:
             raise ValueError("`params_grads` must hold at least one gradient; got none.")
         self._shapes = tuple(tuple(a.shape) for a in sources[0])
@@ -55,7 +55,7 @@ class _NaiveFactor(FisherFactor):
                 "`batch_size` must be the number of cases that the gradient sums over, a positive "
                 f"int; got {batch_size!r}."
             )
-        for s, arrays in enumerate(_sources_of(params_grads)):
+        for s, arrays in enumerate(params_sources(params_grads)):
             shapes = tuple(tuple(a.shape) for a in arrays)
             if shapes != self._shapes:
                 raise ValueError(
@@ -157,7 +157,7 @@ class NaiveDiagonalFactor(_NaiveFactor, DiagonalFactor):
         return arrays[0]
 
 
-def _sources_of(params_grads: Any) -> Iterator[list[Any]]:
+def params_sources(params_grads: Any) -> Iterator[list[Any]]:
     """The arrays of each source: a tuple is the arrays of one source, a list is sources."""
     if isinstance(params_grads, (tuple, Placeholder)) or hasattr(params_grads, "shape"):
         yield list(as_arrays(params_grads))

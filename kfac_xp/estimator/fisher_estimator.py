@@ -1,26 +1,32 @@
-"""The curvature of a whole model: statistics of every layer, and products block by block."""
+"""The estimator: averages one batch after another, and multiplies by powers of the result."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from kfac_xp.batches import as_sources, as_towers
-from kfac_xp.fisher_blocks import FisherBlock, add_moments, average_in
+from kfac_xp.backend import detached
+from kfac_xp.estimator.modes import ESTIMATION_MODES, Source, mode_cotangents
+from kfac_xp.estimator.products import BlockwiseProducts
+from kfac_xp.estimator.sources import (
+    data_of,
+    params_grads_of,
+    sources_from_arrays,
+)
+from kfac_xp.fisher_blocks import add_moments, average_in
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch
+from kfac_xp.params import map_vectors
 from kfac_xp.randomness import Generator, as_generator
 from kfac_xp.representations import require_damping
-from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar, Vectors
-
-ESTIMATION_MODES = {"gradients": "Fisher", "empirical": "Empirical_Fisher"}
-"""Estimation modes and the matrix that each estimates."""
+from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar
 
 
-class FisherEstimator:
+class FisherEstimator(BlockwiseProducts):
     """Statistics of the layers of a collection and products with the approximate Fisher.
 
     Parameters
@@ -35,8 +41,18 @@ class FisherEstimator:
     estimation_mode
         ``"gradients"``: the Fisher, from targets drawn from the model; unbiased.
         ``"empirical"``: the empirical Fisher, from the data's targets.
+        ``"curvature_prop"``: the Fisher, from random signs sent through a factor of each loss's
+        Fisher; unbiased. ``"exact"``: the Fisher without draws, one backward pass per output
+        coordinate. ``"curvature_prop_GGN"`` and ``"exact_GGN"`` estimate the generalised
+        Gauss-Newton matrix instead; the same for losses of natural parameters.
+    num_samples
+        Draws per case in the mode ``"gradients"``, each with a backward pass of its own.
     exps
         Powers of the damped Fisher that inverse updates compute.
+    compute_cholesky, compute_cholesky_inverse
+        Whether inverse updates compute the Cholesky factor of the damped Fisher, and its inverse.
+    compute_params_stats
+        Whether updates keep `params_stats`.
     seed
         Seed of the draws. An update's draws depend on the seed and on how many updates there have
         been, and on nothing else.
@@ -45,6 +61,11 @@ class FisherEstimator:
     ------
     ValueError
         If the mode is unknown, a number is out of range, or the collection is not fresh.
+
+    References
+    ----------
+    Martens and Grosse (2015), arXiv:1503.05671, section 5; Martens, Sutskever and Swersky (2012),
+    arXiv:1206.6464, for curvature propagation.
     """
 
     def __init__(
@@ -54,7 +75,11 @@ class FisherEstimator:
         *,
         cov_ema_decay: Scalar = 0.95,
         estimation_mode: str = "gradients",
+        num_samples: int = 1,
         exps: Sequence[float] = (-1,),
+        compute_cholesky: bool = False,
+        compute_cholesky_inverse: bool = False,
+        compute_params_stats: bool = False,
         seed: int = 0,
         name: str = "FisherEstimator",
     ) -> None:
@@ -63,6 +88,13 @@ class FisherEstimator:
                 f"`estimation_mode` must be one of {tuple(ESTIMATION_MODES)}; "
                 f"got {estimation_mode!r}."
             )
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be a positive int; got {num_samples!r}.")
+        if num_samples > 1 and estimation_mode != "gradients":
+            raise ValueError(
+                f"`num_samples` belongs to the estimation mode 'gradients'; got {num_samples} with "
+                f"{estimation_mode!r}, which draws no targets."
+            )
         require_damping("damping", damping)
         layer_collection.finalize()
         self.name = name
@@ -70,28 +102,48 @@ class FisherEstimator:
         self.damping = damping
         self.cov_ema_decay = cov_ema_decay
         self.estimation_mode = estimation_mode
+        self.num_samples = num_samples
+        self.compute_cholesky = compute_cholesky
+        self.compute_cholesky_inverse = compute_cholesky_inverse
+        self.compute_params_stats = compute_params_stats
         self.seed = seed
         self.num_cov_updates = 0
+        self._params_stats: dict[str, Params] | None = None
         self._blocks = layer_collection.fisher_blocks
         for block in self._blocks.values():
             block.instantiate_factors([block.tensors_to_compute_grads()], damping)
             for exp in exps:
                 block.register_matpower(exp)
-
-    @property
-    def blocks(self) -> list[FisherBlock]:
-        """The blocks, in order of registration."""
-        return list(self._blocks.values())
-
-    @property
-    def factors(self) -> list[FisherFactor]:
-        """Every factor once."""
-        return self.layers.get_factors()
+            if compute_cholesky:
+                block.register_cholesky()
+            if compute_cholesky_inverse:
+                block.register_cholesky_inverse()
 
     @property
     def mat_type(self) -> str:
-        """Which matrix the mode estimates: "Fisher" or "Empirical_Fisher"."""
+        """Which matrix the mode estimates: "Fisher", "Empirical_Fisher" or "GGN"."""
         return ESTIMATION_MODES[self.estimation_mode]
+
+    @property
+    def needs_params_grads(self) -> bool:
+        """True if sources must come with the gradients of the parameters."""
+        return self.compute_params_stats or any(b.needs_params_grads for b in self.blocks)
+
+    @property
+    def params_stats(self) -> dict[str, Params]:
+        """Parameter gradients of the last update: summed over sources, per case of the batch.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``compute_params_stats=True``, or before the first update.
+        """
+        if self._params_stats is None:
+            raise RuntimeError(
+                "there are no `params_stats`. Pass `compute_params_stats=True` to the constructor, "
+                "then call `update_cov` with a model."
+            )
+        return dict(self._params_stats)
 
     # ------------------------------------------------------------------ statistics
 
@@ -103,6 +155,7 @@ class FisherEstimator:
         ema_decay: Scalar | None = None,
         ema_weight: Scalar | None = None,
         generator: Generator | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Average one batch into the statistics of every layer.
 
@@ -110,8 +163,9 @@ class FisherEstimator:
         ----------
         statistics
             ``{layer name: (inputs, outputs_grads)}``, the gradients being those of the loss
-            summed over cases, nested as in ``block.update_cov``; or a linearised model (a list of
-            them is towers), whose ``vjp`` is then sent the cotangents of the estimation mode.
+            summed over cases, nested as in ``block.update_cov`` (for generic parameters
+            ``(batch_size, params_grads)``); or a linearised model (a list of them is towers),
+            whose ``vjp`` is then sent the cotangents of the estimation mode.
         targets
             With a model: the targets of its loss, or ``{loss name: targets}``; a list over
             towers if models are.
@@ -119,6 +173,8 @@ class FisherEstimator:
             Weights of the old statistics (`cov_ema_decay` by default) and of the new.
         generator
             A seed, NumPy generator or device generator for this update's draws.
+        batch_size
+            What `params_stats` are divided by; the number of cases unless given.
 
         Raises
         ------
@@ -127,11 +183,21 @@ class FisherEstimator:
             layers differ in cases. Statistics are unchanged then.
         TypeError
             If arrays belong to other libraries than the layers, or a loss lacks a method.
+        NotImplementedError
+            If a loss has no GGN and the mode asks for it.
         FloatingPointError
             If a statistic is not finite, where that can be read for free.
         """
         if isinstance(statistics, Mapping):
-            inputs, sources = self._from_arrays(statistics)
+            if self.compute_params_stats:
+                raise ValueError(
+                    "`compute_params_stats` needs a model to ask for the gradients of the "
+                    "parameters; got arrays. Pass a linearised model, or make the estimator "
+                    "without it."
+                )
+            for name in statistics:
+                self._block(name)
+            inputs, sources = sources_from_arrays(statistics, self._blocks)
             self.average_sources(inputs, sources, ema_decay=ema_decay, ema_weight=ema_weight)
             return
         batch = LinearizedBatch(self.layers, statistics, targets)
@@ -140,47 +206,50 @@ class FisherEstimator:
             self.mode_sources(batch, generator),
             ema_decay=ema_decay,
             ema_weight=ema_weight,
+            batch_size=batch.num_cases if batch_size is None else batch_size,
         )
 
     def mode_sources(
         self, batch: LinearizedBatch, generator: Generator | None = None
-    ) -> Iterator[dict[str, list[Array]]]:
-        """Gradients of the preactivations, source by source, for the estimation mode."""
-        if self.estimation_mode == "empirical":
-            yield batch.vjp(batch.data_cotangents(), parameters=False)[1]
-            return
+    ) -> Iterator[Source]:
+        """The gradients of the estimation mode, one source at a time."""
         if generator is None:
             generator = np.random.default_rng([self.seed, self.num_cov_updates])
-        cotangents = batch.sampled_cotangents(as_generator(generator))
-        yield batch.vjp(cotangents, parameters=False)[1]
+        generator = as_generator(generator)
+        parameters = self.needs_params_grads
+        for cotangents in mode_cotangents(batch, self.estimation_mode, generator, self.num_samples):
+            yield Source(*batch.vjp(cotangents, parameters=parameters))
 
     def average_sources(
         self,
         inputs: Mapping[str, list[Array]],
-        sources: Iterable[Mapping[str, list[Array]]],
+        sources: Iterable[Source],
         *,
         ema_decay: Scalar | None = None,
         ema_weight: Scalar | None = None,
+        batch_size: int | None = None,
     ) -> None:
-        """Average in ``{layer: inputs over towers}`` and, per source, ``{layer: gradients}``.
+        """Average in ``{layer: inputs over towers}`` and the gradients of each source.
 
         Sources are consumed one at a time, and every factor takes one step of its average after
-        the last.
+        the last. `batch_size` is what `params_stats` are divided by.
         """
         self._require_equal_towers(inputs)
         moments: dict[FisherFactor, Array] = {}
         for name, block in self._blocks.items():
-            add_moments(moments, block.input_moments(inputs[name]))
+            # A factor that several blocks share is averaged once.
+            moments |= block.input_moments(inputs[name], moments)
         num_sources = 0
-        for s, grads in enumerate(sources):
+        stats: dict[str, Params] | None = None
+        for s, source in enumerate(sources):
             num_sources += 1
+            if self.compute_params_stats:
+                grads = map_vectors(detached, params_grads_of(source))
+                stats = grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
+            new: dict[FisherFactor, Array] = {}
             for name, block in self._blocks.items():
-                if name not in grads:
-                    raise ValueError(
-                        f"there is no gradient for the registered layer {name!r}; got gradients "
-                        f"for {list(grads)}. `vjp` must return one for every registered layer."
-                    )
-                add_moments(moments, block.source_moments(inputs[name], grads[name], source=s))
+                new |= block.source_moments(inputs[name], data_of(block, name, source), s, new)
+            add_moments(moments, new)
         if num_sources == 0:
             raise ValueError("there must be at least one source of gradients; got none.")
         decay = self.cov_ema_decay if ema_decay is None else ema_decay
@@ -188,6 +257,9 @@ class FisherEstimator:
         for name, block in self._blocks.items():
             block.note_batch(inputs[name])
         self.num_cov_updates += 1
+        if stats is not None and batch_size is not None:
+            cases = batch_size
+            self._params_stats = map_vectors(lambda g: g / cases, stats)
 
     def update_inverses(self) -> None:
         """Recompute every registered power, with one look at the device for all factors.
@@ -202,31 +274,24 @@ class FisherEstimator:
         """
         refresh_factors(self.factors)
 
-    # ------------------------------------------------------------------ products
-
-    def multiply(self, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by the damped Fisher of now: ``{layer name: kernel or (kernel, bias)}``."""
-        return self.multiply_matpower(1, vectors)
-
-    def multiply_inverse(self, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by the inverse of the damped Fisher, as last computed."""
-        return self.multiply_matpower(-1, vectors)
-
-    def multiply_matpower(self, exp: float, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by a power of the damped Fisher, block by block.
-
-        The result has the layers of `vectors` in their order.
-
-        Raises
-        ------
-        KeyError
-            If a layer is not registered.
-        RuntimeError
-            If `exp` is neither 1 nor one of the registered powers, or not computed yet.
-        """
-        return {name: self._block(name).multiply_matpower(v, exp) for name, v in vectors.items()}
-
     # ------------------------------------------------------------------ state
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Put every factor, block and counter back if the body of the ``with`` raises.
+
+        A report that statistics were not finite stays made, so that the next try starts anew.
+        """
+        restores = [factor.snapshot() for factor in self.factors]
+        restores += [block.snapshot() for block in self._blocks.values()]
+        own = self.num_cov_updates, self._params_stats
+        try:
+            yield
+        except BaseException:
+            for restore in restores:
+                restore()
+            self.num_cov_updates, self._params_stats = own
+            raise
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
         """Statistics and, unless `powers` is False, the stored powers (stale as they are)."""
@@ -253,61 +318,19 @@ class FisherEstimator:
 
     # ------------------------------------------------------------------ helpers
 
-    def _block(self, name: str) -> FisherBlock:
-        if name not in self._blocks:
-            raise KeyError(f"layer {name!r} is not registered; registered: {list(self._blocks)}.")
-        return self._blocks[name]
-
-    def _from_arrays(
-        self, statistics: Mapping[str, tuple[Any, Any]]
-    ) -> tuple[dict[str, list[Array]], Iterator[dict[str, list[Array]]]]:
-        for name in statistics:
-            self._block(name)
-        missing = [name for name in self._blocks if name not in statistics]
-        if missing:
-            raise ValueError(
-                f"`statistics` has no data for the registered layers {missing}; it has "
-                f"{list(statistics)}. Pass (inputs, outputs_grads) for every registered layer."
-            )
-        for name, pair in statistics.items():
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise ValueError(
-                    f"`statistics[{name!r}]` must be a pair (inputs, outputs_grads); "
-                    f"got {type(pair).__name__}."
-                )
-        inputs = {name: as_towers(f"{name}: inputs", x) for name, (x, _) in statistics.items()}
-        streams = {n: as_sources(f"{n}: outputs_grads", g) for n, (_, g) in statistics.items()}
-        return inputs, _zipped(streams)
-
-    def _require_equal_towers(self, inputs: Mapping[str, list[Array]]) -> None:
-        sizes = {name: [x.shape[0] for x in inputs[name]] for name in self._blocks}
-        first_name, first = next(iter(sizes.items()))
+    def _require_equal_towers(self, inputs: Mapping[str, list[Any]]) -> None:
+        sizes = {name: block.num_cases(inputs[name]) for name, block in self._blocks.items()}
+        # Generic parameters have one gradient for all towers: only the total tells.
+        by_tower = {n: s for n, s in sizes.items() if not self._blocks[n].needs_params_grads}
+        first_name, first = next(iter((by_tower or sizes).items()))
         for name, here in sizes.items():
-            if here != first:
+            if here != first and (name in by_tower or sum(here) != sum(first)):
                 raise ValueError(
                     f"layers must have been given the same cases: the inputs of {first_name!r} "
                     f"have {first} cases by tower, those of {name!r} have {here}."
                 )
-        if len(set(first)) > 1 and self.layers.options.tower_strategy == "separate":
+        if by_tower and len(set(first)) > 1 and self.layers.options.tower_strategy == "separate":
             raise ValueError(
                 f"towers must have the same number of cases; got {first}. Use towers of one size, "
                 "or LayerCollection(tower_strategy='concat')."
             )
-
-
-def _zipped(
-    streams: Mapping[str, Iterator[list[Array]]],
-) -> Iterator[dict[str, list[Array]]]:
-    """Sources of all layers side by side; every layer must have as many."""
-    end = object()
-    while True:
-        row = {name: next(stream, end) for name, stream in streams.items()}
-        ended = [name for name, value in row.items() if value is end]
-        if len(ended) == len(row):
-            return
-        if ended:
-            raise ValueError(
-                f"every layer must have as many sources of gradients; {ended} have fewer than "
-                f"{[name for name in row if name not in ended]}."
-            )
-        yield {name: value for name, value in row.items() if isinstance(value, list)}

@@ -1,0 +1,139 @@
+"""Products with a matrix that is made of blocks, and the arrays and functions behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kfac_xp.fisher_blocks import FisherBlock
+from kfac_xp.fisher_factors import FisherFactor
+from kfac_xp.layer_collection import LayerCollection
+from kfac_xp.typing import Array, Params, Scalar, Vectors
+
+Thunk = Callable[[], Any]
+"""A function without arguments that does one piece of work when it is called."""
+
+
+class BlockwiseProducts:
+    """What an estimator does block by block and factor by factor, from statistics as they are."""
+
+    layers: LayerCollection
+    cov_ema_decay: Scalar
+    _blocks: dict[str, FisherBlock]
+
+    @property
+    def blocks(self) -> list[FisherBlock]:
+        """The blocks, in order of registration."""
+        return list(self._blocks.values())
+
+    @property
+    def factors(self) -> list[FisherFactor]:
+        """Every factor once."""
+        return self.layers.get_factors()
+
+    # ------------------------------------------------------------------ products
+
+    def multiply(self, vectors: Vectors) -> dict[str, Params]:
+        """Multiply by the damped Fisher of now: ``{layer name: kernel or (kernel, bias)}``."""
+        return self.multiply_matpower(1, vectors)
+
+    def multiply_inverse(self, vectors: Vectors) -> dict[str, Params]:
+        """Multiply by the inverse of the damped Fisher, as last computed."""
+        return self.multiply_matpower(-1, vectors)
+
+    def multiply_matpower(self, exp: float, vectors: Vectors) -> dict[str, Params]:
+        """Multiply by a power of the damped Fisher, block by block.
+
+        The result has the layers of `vectors` in their order.
+
+        Raises
+        ------
+        KeyError
+            If a layer is not registered.
+        RuntimeError
+            If `exp` is neither 1 nor one of the registered powers, or not computed yet.
+        """
+        return {name: self._block(name).multiply_matpower(v, exp) for name, v in vectors.items()}
+
+    def multiply_cholesky(self, vectors: Vectors, transpose: bool = False) -> dict[str, Params]:
+        """Multiply by L, or its transpose, where ``L @ L.T`` is the damped Fisher.
+
+        As last computed by an inverse update.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``compute_cholesky=True``, or before the first inverse update.
+        """
+        self._require_registered("compute_cholesky")
+        return {n: self._block(n).multiply_cholesky(v, transpose) for n, v in vectors.items()}
+
+    def multiply_cholesky_inverse(
+        self, vectors: Vectors, transpose: bool = False
+    ) -> dict[str, Params]:
+        """Multiply by the inverse of L, or its transpose, as last computed.
+
+        Raises
+        ------
+        RuntimeError
+            Without ``compute_cholesky_inverse=True``, or before the first inverse update.
+        """
+        self._require_registered("compute_cholesky_inverse")
+        return {
+            n: self._block(n).multiply_cholesky_inverse(v, transpose) for n, v in vectors.items()
+        }
+
+    # ------------------------------------------------------------------ the reference's "ops"
+
+    def get_cov_vars(self) -> list[Array]:
+        """The arrays in which averages are kept."""
+        return [a for factor in self.factors for a in factor.get_cov_vars()]
+
+    def get_inv_vars(self) -> list[Array]:
+        """The arrays in which powers are kept."""
+        return [a for factor in self.factors for a in factor.get_inv_vars()]
+
+    @property
+    def variables(self) -> list[Array]:
+        """All arrays that are kept: averages, then powers."""
+        return [*self.get_cov_vars(), *self.get_inv_vars()]
+
+    def create_ops_and_vars_thunks(
+        self,
+    ) -> tuple[list[Thunk], list[Thunk], list[Thunk], list[Thunk]]:
+        """Functions that do the estimator's work factor by factor, in the order of `factors`.
+
+        Returns
+        -------
+        Four lists: allocate the averages, update them from the data that the factors are bound to
+        (a RuntimeError for those that are given theirs by `update_cov`), let the registered
+        powers be read as the identity, update them.
+        """
+        factors = self.factors
+        return (
+            [f.instantiate_cov_variables for f in factors],
+            [f.make_covariance_update_op(self.cov_ema_decay) for f in factors],
+            [f.instantiate_inv_variables for f in factors],
+            [f.update_inverses for f in factors],
+        )
+
+    def make_vars_and_create_op_thunks(self) -> tuple[list[Thunk], list[Thunk]]:
+        """Allocate everything now, and return the two lists of updates, one entry per factor."""
+        cov_variables, cov_updates, inv_variables, inv_updates = self.create_ops_and_vars_thunks()
+        for thunk in [*cov_variables, *inv_variables]:
+            thunk()
+        return cov_updates, inv_updates
+
+    # ------------------------------------------------------------------ helpers
+
+    def _require_registered(self, option: str) -> None:
+        if not getattr(self, option):
+            raise RuntimeError(
+                f"this was not asked for. Pass `{option}=True` to the estimator's constructor and "
+                "call `update_inverses()` first."
+            )
+
+    def _block(self, name: str) -> FisherBlock:
+        if name not in self._blocks:
+            raise KeyError(f"layer {name!r} is not registered; registered: {list(self._blocks)}.")
+        return self._blocks[name]

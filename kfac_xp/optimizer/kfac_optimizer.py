@@ -1,0 +1,434 @@
+"""The optimizer: one call of `step` for each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from kfac_xp.backend import detached
+from kfac_xp.damping import LevenbergMarquardt
+from kfac_xp.estimator import FisherEstimator
+from kfac_xp.layer_collection import LayerCollection
+from kfac_xp.linearized_batch import LinearizedBatch, require_layers
+from kfac_xp.optimizer.damped_updates import DampedUpdates
+from kfac_xp.optimizer.info import (
+    LossFn,
+    OptimizerState,
+    StepInfo,
+)
+from kfac_xp.optimizer.settings import (
+    DEFAULT_MOMENTUM,
+    Period,
+    is_due,
+    require_number,
+    require_period,
+    require_settings,
+)
+from kfac_xp.optimizer.step_data import StepData, gather
+from kfac_xp.optimizer.updates import (
+    norm,
+)
+from kfac_xp.params import map_vectors, scaled
+from kfac_xp.randomness import Generator
+from kfac_xp.typing import Params, Scalar, Schedule, Vectors
+
+
+class KfacOptimizer(DampedUpdates):
+    """Stochastic gradient descent preconditioned by K-FAC.
+
+    With g the gradient of the mean loss, P the inverse of the damped Fisher, v the velocity, and
+    lr the learning rate, `momentum_type` chooses among::
+
+        regular   p = clip(P g);  v = momentum * v + p;  raw = v
+        adam      v = momentum * v + g;  raw = clip(P v)
+        qmodel    p = P g;  v = mu * v - alpha * p;  raw = v;  lr = qmodel_update_rescale or 1
+
+    ``qmodel`` takes the alpha and mu that minimise the quadratic model of the mean loss with the
+    exact curvature of the batch, damped; ``qmodel_fixedmu`` is given mu. Then, for all of them::
+
+        params = params - lr * (raw + weight_decay_coeff * params)    # the latter if switched on
+
+    A step that raises leaves the parameters, the optimizer and its statistics as they were.
+
+    Parameters
+    ----------
+    layers
+        The layers and losses. The optimizer's estimator takes the collection over.
+    learning_rate
+        A number, or a function of the step number; None for the qmodel types, which choose it.
+    damping
+        A number, or a function of the step number. It enters at inverse updates.
+    momentum
+        Factor of the old velocity, or a function of the step number. None is 0.9, or with
+        ``qmodel`` what the model chooses.
+    momentum_type
+        ``"regular"``, ``"adam"``, ``"qmodel"`` or ``"qmodel_fixedmu"``, as above. The qmodel types
+        need ``net.jvp(tangent)``. With the mode ``empirical`` or a GGN mode their model has the
+        GGN (the Fisher of losses that have none), as the reference has.
+    norm_constraint
+        Largest ``lr**2 * <p, g>`` (adam: ``lr**2 * <P v, v>``); p is scaled down to it ("KL
+        clipping", section 5 of Ba, Grosse and Martens, 2017). None for no constraint.
+    cov_ema_decay
+        Weight of the old statistics in each update.
+    estimation_mode, num_samples, compute_params_stats
+        As for `FisherEstimator`.
+    cov_update_every, invert_every
+        Every how many steps the statistics and the inverses are updated, beginning with step 0;
+        or a function of the step number that returns True when they are due, or the number of
+        steps between updates then in force.
+    num_burnin_steps
+        How many first calls of `step` only take the plain mean of the statistics. They return the
+        parameters as they are and do not count as steps.
+    qmodel_update_rescale
+        Factor of the updates of the qmodel types; the velocity is not rescaled.
+    precon_damping_mult
+        The preconditioner is damped by this times `damping`; the quadratic model by `damping`.
+    weight_decay_coeff, use_weight_decay
+        Decay of the parameters, beside the loss. It is not part of the quadratic model.
+    l2_reg
+        Coefficient of the term ``l2_reg / 2 * |params|**2`` that the *caller* has added to loss
+        and gradients, so that it counts as part of the damping. Nothing is added here.
+    adapt_damping
+        Adapt the damping as `LevenbergMarquardt` says, from `damping` on. `step` then needs
+        `loss_fn`.
+    damping_adaptation_interval, damping_adaptation_decay, min_damping, \
+damping_increase_rho_threshold, damping_decrease_rho_threshold
+        The arguments of `LevenbergMarquardt`.
+    update_damping_immediately
+        Measure the loss after the update by ``loss_fn(params)`` in the same step. Otherwise at the
+        start of the next step, by the `loss_fn` of the step before.
+    include_damping_in_qmodel_change
+        Leave the damping in the predicted change of the loss.
+    use_passed_loss
+        Take the loss before the update from `step`; otherwise from `loss_fn`. With True,
+        `loss_fn` must be the very loss that is passed or registered, constants included.
+    seed
+        Seed of the draws of the estimation mode.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range, a name unknown, or settings contradict each other.
+
+    References
+    ----------
+    Martens and Grosse (2015), arXiv:1503.05671, sections 6.4, 6.5 and 7.
+    """
+
+    def __init__(
+        self,
+        layers: LayerCollection,
+        learning_rate: Schedule | None,
+        damping: Schedule,
+        *,
+        momentum: Schedule | None = None,
+        momentum_type: str = "regular",
+        norm_constraint: float | None = None,
+        cov_ema_decay: Scalar = 0.95,
+        estimation_mode: str = "gradients",
+        num_samples: int = 1,
+        compute_params_stats: bool = False,
+        cov_update_every: Period = 1,
+        invert_every: Period = 10,
+        num_burnin_steps: int = 0,
+        qmodel_update_rescale: float | None = None,
+        precon_damping_mult: float = 1.0,
+        weight_decay_coeff: float = 0.1,
+        use_weight_decay: bool = False,
+        l2_reg: float = 0.0,
+        adapt_damping: bool = False,
+        damping_adaptation_interval: int = 5,
+        damping_adaptation_decay: float = 0.95,
+        min_damping: float = 1e-8,
+        damping_increase_rho_threshold: float = 0.25,
+        damping_decrease_rho_threshold: float = 0.75,
+        update_damping_immediately: bool = True,
+        include_damping_in_qmodel_change: bool = False,
+        use_passed_loss: bool = True,
+        seed: int = 0,
+    ) -> None:
+        require_settings(
+            momentum_type=momentum_type,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            norm_constraint=norm_constraint,
+            qmodel_update_rescale=qmodel_update_rescale,
+            damping=damping,
+            adapt_damping=adapt_damping,
+        )
+        require_number("precon_damping_mult", precon_damping_mult)
+        require_number("weight_decay_coeff", weight_decay_coeff)
+        require_period("cov_update_every", cov_update_every)
+        require_period("invert_every", invert_every)
+        if not isinstance(num_burnin_steps, int) or num_burnin_steps < 0:
+            raise ValueError(f"`num_burnin_steps` must be an int >= 0; got {num_burnin_steps!r}.")
+        self._adaptation = LevenbergMarquardt(
+            damping_adaptation_decay,
+            damping_adaptation_interval,
+            damping_decrease_rho_threshold,
+            damping_increase_rho_threshold,
+            min_damping,
+            l2_reg,
+        )
+        if momentum is None and momentum_type != "qmodel":
+            momentum = DEFAULT_MOMENTUM
+        self._learning_rate, self._damping, self._momentum = learning_rate, damping, momentum
+        self.momentum_type = momentum_type
+        self.norm_constraint = norm_constraint
+        self.cov_update_every, self.invert_every = cov_update_every, invert_every
+        self.num_burnin_steps = num_burnin_steps
+        self.qmodel_update_rescale = qmodel_update_rescale
+        self.precon_damping_mult = float(precon_damping_mult)
+        self.weight_decay_coeff = float(weight_decay_coeff)
+        self.use_weight_decay = use_weight_decay
+        self.l2_reg = float(l2_reg)
+        self.adapt_damping = adapt_damping
+        self.update_damping_immediately = update_damping_immediately
+        self.include_damping_in_qmodel_change = include_damping_in_qmodel_change
+        self.use_passed_loss = use_passed_loss
+        self._state = OptimizerState()
+        self.estimator = FisherEstimator(
+            layers,
+            self._preconditioner_damping,
+            cov_ema_decay=cov_ema_decay,
+            estimation_mode=estimation_mode,
+            num_samples=num_samples,
+            compute_params_stats=compute_params_stats,
+            seed=seed,
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def step(
+        self,
+        params: Vectors,
+        net: Any = None,
+        targets: Any = None,
+        *,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        grads: Vectors | None = None,
+        loss: Scalar | None = None,
+        loss_fn: LossFn | None = None,
+        batch_size: int | None = None,
+        generator: Generator | None = None,
+    ) -> tuple[dict[str, Params], StepInfo]:
+        """Update the parameters by one batch. Nothing that is passed is written to.
+
+        Parameters
+        ----------
+        params
+            ``{layer name: kernel or (kernel, bias)}`` with exactly the registered layers.
+        net
+            The model linearised at `params` on the batch, or a list over towers.
+        targets
+            The targets of its loss, or ``{loss name: targets}``; a list over towers if `net` is.
+        statistics
+            In place of a model: ``{layer name: (inputs, outputs_grads)}``, the gradients being
+            those of the loss summed over cases. Read only on steps that update the statistics.
+        grads, loss
+            The gradient of the mean loss, and that loss, in place of what the model and its
+            losses give.
+        loss_fn
+            The mean loss on this batch as a function of the parameters: ``loss_fn(params)``.
+            Called when the damping is adapted, and only then.
+        batch_size
+            What sums over cases are divided by: the number of cases unless given.
+        generator
+            A seed, NumPy generator or device generator for the draws of this step.
+
+        Returns
+        -------
+        The new parameters, and a `StepInfo`.
+
+        Raises
+        ------
+        ValueError
+            If arguments are missing, contradict each other or do not fit the layers.
+        TypeError
+            If the model has no ``jvp`` and the settings need one.
+        FloatingPointError
+            If a gradient or a statistic is not finite, where that can be read for free.
+        """
+        self._require_arguments(params, net, statistics, grads, loss_fn)
+        batch = None if net is None else LinearizedBatch(self.layers, net, targets)
+        if batch is not None and self._by_model:
+            batch.require_member("jvp")
+        with self._unchanged_on_error():
+            if self._state.num_burnin < self.num_burnin_steps:
+                return self._burn_in(params, batch, targets, statistics, batch_size, generator)
+            self.maybe_pre_update_adapt_damping(params)
+            data = gather(
+                self.layers, params, batch, statistics, grads, loss, loss_fn, batch_size, generator
+            )
+            return self._updated(data)
+
+    def maybe_pre_update_adapt_damping(self, params: Vectors) -> None:
+        """Adapt the damping to the effect of the last step, if that was put off until now.
+
+        `step` does this itself; calling it before changes nothing. `params` are the parameters
+        that the last step returned.
+        """
+        pending = self._state.pending
+        if pending is None:
+            return
+        if pending.loss_fn is None:
+            raise RuntimeError(
+                "the loaded state waits for the loss of the batch before it was saved. Pass "
+                "`loss_fn=` of that batch to `load_state_dict`."
+            )
+        with self._unchanged_on_error():
+            self._adapt_damping(pending, pending.loss_fn(params))
+            self._state = replace(self._state, pending=None)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
+        """Everything that continuing needs: counters, velocity, damping, statistics, powers."""
+        return self._state.state_dict() | {"estimator": self.estimator.state_dict(powers=powers)}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], params: Vectors, *, loss_fn: LossFn | None = None
+    ) -> None:
+        """Continue from `state_dict`; `params` gives the form of the velocity.
+
+        `loss_fn` is that of the last step before saving, which a function cannot be saved with:
+        needed if the state waits to adapt the damping (`update_damping_immediately` is False).
+        """
+        require_layers("params", params, self.layers)
+        with self.estimator.unchanged_on_error():
+            self.estimator.load_state_dict(state["estimator"])
+            self._state = OptimizerState.from_state_dict(state, params, loss_fn)
+
+    # ------------------------------------------------------------------ one step
+
+    def _updated(self, data: StepData) -> tuple[dict[str, Params], StepInfo]:
+        """One step on checked data: statistics, inverses, update, damping."""
+        state, damping = self._state, self.damping
+        update_cov = is_due(self.cov_update_every, state.counter)
+        update_inverses = is_due(self.invert_every, state.counter)
+        if update_cov:
+            self._update_cov(data)
+        if update_inverses:
+            self.estimator.update_inverses()
+        update = self._update(data)
+        adapts = self.adapt_damping and self._adaptation.is_due(state.counter)
+        if adapts and update.qmodel_change is None:
+            update = replace(update, qmodel_change=self._predicted_change(update, data))
+        old = map_vectors(detached, data.params)
+        change = scaled(update.rate, self._with_weight_decay(update.direction, old))
+        new_params = map_vectors(lambda w, c: w - c, old, change)
+        momentum = update.mu if self._momentum is None else self.momentum
+        rate = update.rate if update.alpha is None else -update.alpha * update.rate
+        self._state = replace(
+            state,
+            velocity=update.velocity,
+            alpha=update.alpha,
+            mu=update.mu,
+            qmodel_change=(
+                state.qmodel_change if update.qmodel_change is None else update.qmodel_change
+            ),
+        )
+        if adapts:
+            self._measure(data, new_params)
+        self._state = replace(self._state, counter=state.counter + 1)
+        info = StepInfo(
+            step=state.counter,
+            loss=data.loss,
+            learning_rate=rate,
+            momentum=momentum,
+            damping=damping,
+            clip=update.clip,
+            updated_cov=update_cov,
+            updated_inverses=update_inverses,
+            rho=self.rho,
+            qmodel_change=self.qmodel_change,
+            gradient_norm=norm(data.grads),
+            update_norm=norm(change),
+        )
+        return new_params, info
+
+    def _update_cov(self, data: StepData) -> None:
+        estimator = self.estimator
+        if data.batch is None:
+            assert data.statistics is not None
+            estimator.update_cov(data.statistics)
+            return
+        # The data's own cotangents have been sent already; they are what `empirical` needs.
+        reusable = data.sources is not None and estimator.estimation_mode == "empirical"
+        sources = data.sources if reusable else estimator.mode_sources(data.batch, data.generator)
+        assert sources is not None
+        estimator.average_sources(data.batch.layer_inputs(), sources, batch_size=data.batch_size)
+
+    def _burn_in(
+        self,
+        params: Vectors,
+        batch: LinearizedBatch | None,
+        targets: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None,
+        batch_size: int | None,
+        generator: Generator | None,
+    ) -> tuple[dict[str, Params], StepInfo]:
+        """Average the batch into a plain mean of the statistics; no step."""
+        n = self._state.num_burnin
+        plain = not self.layers.options.zero_debias  # otherwise weights are divided by their sum
+        decay, weight = (n / (n + 1), 1 / (n + 1)) if plain else (1.0, 1.0)
+        loss = None
+        if batch is None:
+            assert statistics is not None
+            self.estimator.update_cov(statistics, ema_decay=decay, ema_weight=weight)
+        else:
+            cases = batch.num_cases if batch_size is None else batch_size
+            loss = None if targets is None else batch.loss() / cases
+            self.estimator.average_sources(
+                batch.layer_inputs(),
+                self.estimator.mode_sources(batch, generator),
+                ema_decay=decay,
+                ema_weight=weight,
+                batch_size=cases,
+            )
+        self._state = replace(self._state, num_burnin=n + 1)
+        info = StepInfo(
+            self.counter, loss, None, None, self.damping, 1.0, True, False, is_burnin=True
+        )
+        return map_vectors(detached, params), info
+
+    # ------------------------------------------------------------------ helpers
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        before = self._state
+        try:
+            with self.estimator.unchanged_on_error():
+                yield
+        except BaseException:
+            self._state = before
+            raise
+
+    def _require_arguments(
+        self,
+        params: Vectors,
+        net: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None,
+        grads: Vectors | None,
+        loss_fn: LossFn | None,
+    ) -> None:
+        if (net is None) == (statistics is None):
+            raise ValueError(
+                "pass either `net` (a linearised model) and `targets`, or `statistics` and "
+                f"`grads`; got {'neither' if net is None else 'both'}."
+            )
+        if statistics is not None and grads is None:
+            raise ValueError("`grads` must be given with `statistics`: there is no model to ask.")
+        if net is None and self._by_model:
+            raise ValueError(
+                f"`net` must be given with `momentum_type={self.momentum_type!r}`, whose quadratic "
+                "model multiplies by the model's Jacobian. Use 'regular' or 'adam'."
+            )
+        if self.adapt_damping and loss_fn is None:
+            raise ValueError(
+                "`loss_fn` must be given if `adapt_damping` is True: a function of the parameters "
+                "that returns the mean loss on this batch."
+            )
+        require_layers("params", params, self.layers)
