@@ -17,6 +17,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ class Autoencoder:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``{layer name: (d_in, d_out)}``, in the order in which the layers are applied."""
         all_widths = (*self.widths, *reversed(self.widths[:-1]))
-        pairs = zip(all_widths[:-1], all_widths[1:], strict=True)
-        return {f"layer{i}": pair for i, pair in enumerate(pairs, start=1)}
+        return {f"layer{i}": pair for i, pair in enumerate(pairwise(all_widths), start=1)}
 
     @property
     def code_layer(self) -> str:
