@@ -3,7 +3,8 @@
 The network is that of Hinton and Salakhutdinov (2006) which K-FAC was first tried on (Martens and
 Grosse, 2015, section 13): an encoder that narrows to a small code, and its mirror image. Hidden
 layers are tanh, the code is linear, the outputs are logits of pixels. It starts from Glorot's
-normal law with zero biases, from which SGD and Adam train it without pretraining.
+normal law and, given it, from the mean image: without that, SGD stays for long at losses at which
+every image comes out as the mean (from sparse kernels, too).
 
 As in `convnet.py`, everything K-FAC asks of a model is in `Linearization`, and no array library is
 named: NumPy, CuPy, PyTorch and JAX run it.
@@ -58,15 +59,29 @@ class Autoencoder:
         """The layer whose output is the code."""
         return f"layer{len(self.widths) - 1}"
 
-    def initial_params(self, seed: int, xp: Any, dtype: Any, device: Any = None) -> Params:
-        """Draw kernels of variance ``2 / (d_in + d_out)``; biases start at zero."""
+    def initial_params(
+        self,
+        seed: int,
+        xp: Any,
+        dtype: Any,
+        device: Any = None,
+        mean_image: np.ndarray | None = None,
+    ) -> Params:
+        """Draw kernels of variance ``2 / (d_in + d_out)``; biases start at zero.
+
+        With a `mean_image`, [pixels], the biases of the pixels start at its logits, smoothed.
+        """
         rng = np.random.default_rng(seed)
         params = {}
         for name, (d_in, d_out) in self.shapes.items():
             kernel = rng.standard_normal((d_in, d_out)) * math.sqrt(2 / (d_in + d_out))
-            pair = (kernel, np.zeros(d_out))
-            params[name] = tuple(xp.asarray(a, dtype=dtype, device=device) for a in pair)
-        return params
+            params[name] = kernel, np.zeros(d_out)
+        if mean_image is not None:
+            params[name] = kernel, np.log((mean_image + 0.01) / (1 - mean_image + 0.01))
+        return {
+            name: tuple(xp.asarray(a, dtype=dtype, device=device) for a in pair)
+            for name, pair in params.items()
+        }
 
     def linearize(self, params: Params, images: Array) -> Linearization:
         """Run the network on images [N, pixels]."""

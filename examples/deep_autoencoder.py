@@ -44,6 +44,7 @@ import kfac_xp
 
 NAMES = {"kfac": "K-FAC, adaptive", "sgd": "SGD, Nesterov", "adam": "Adam"}
 L2 = 1e-5
+DAMPING = 150.0  # of K-FAC, at the start
 NUM_EVALUATED = 2000  # of the training images
 NUM_HELD_OUT = 1000  # for the reconstruction error
 EVALUATE_EVERY = 10
@@ -136,7 +137,7 @@ def kfac(model: Autoencoder, params: Params, steps: int, seed: int) -> Step:
     optimizer = kfac_xp.KfacOptimizer(
         layers,
         learning_rate=None,
-        damping=150.0,
+        damping=DAMPING,
         momentum=None,
         momentum_type="qmodel",
         adapt_damping=True,
@@ -236,10 +237,11 @@ def decaying(rate: float, decay: str, steps: int) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Images:
-    """The images, [N, pixels], and the entropy of those that losses are evaluated on."""
+    """The images, [N, pixels], their mean, and the entropy of those that are evaluated on."""
 
     training: Array
     held_out: Array
+    mean: Array
     floor: float
 
     @classmethod
@@ -248,7 +250,7 @@ class Images:
         images = mnist_images(mnist) if mnist else curve_images(task.num_images + NUM_HELD_OUT, 0)
         training = images[:-NUM_HELD_OUT]
         floor = float(entropy(training[:NUM_EVALUATED].astype(np.float64)))
-        return cls(training, images[-NUM_HELD_OUT:], floor)
+        return cls(training, images[-NUM_HELD_OUT:], training.mean(axis=0), floor)
 
 
 @dataclass
@@ -276,7 +278,7 @@ def train(
 ) -> Curve:
     """Train from the seed's start, on the seed's batches."""
     model = Autoencoder(task.widths)
-    params = model.initial_params(seed, np, np.float32)
+    params = model.initial_params(seed, np, np.float32, mean_image=images.mean)
     batches = draw_batches(images.training, task.batch_size, seed)
     curve, seconds = Curve(), 0.0
 
