@@ -82,18 +82,18 @@ SMALL = Task(
     steps=600,
     chosen={
         "kfac": {},
-        "sgd": {"learning_rate": 0.01, "momentum": 0.9, "decay": "linear"},
-        "adam": {"learning_rate": 0.003, "decay": "linear"},
+        "sgd": {"learning_rate": 0.02, "momentum": 0.95, "decay": "linear"},
+        "adam": {"learning_rate": 0.01, "decay": "constant"},
     },
 )
 TRIED: dict[str, dict[str, tuple[Any, ...]]] = {  # every combination
     "sgd": {
-        "learning_rate": (0.001, 0.003, 0.01, 0.03, 0.1),
-        "momentum": (0.9, 0.95, 0.98, 0.99),
+        "learning_rate": (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05),
+        "momentum": (0.9, 0.95, 0.99),
         "decay": ("constant", "linear"),
     },
     "adam": {
-        "learning_rate": (0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02),
+        "learning_rate": (0.001, 0.002, 0.003, 0.005, 0.01, 0.02),
         "decay": ("constant", "linear"),
     },
 }
