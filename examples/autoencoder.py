@@ -196,10 +196,11 @@ def curve_images(count: int, seed: int, dtype: Any = np.float32) -> np.ndarray:
         ]
     )
     pixels = np.arange(SIDE, dtype=np.float32)
-    *nodes, angle = np.random.default_rng(seed).random((count, 9)).T
-    nodes = 3 + (SIDE - 7) * np.stack(nodes, axis=1).reshape(count, 4, 2)
-    direction = np.stack([np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)], axis=1)
-    order = np.argsort((nodes @ direction[..., None]), axis=1)  # [count, 4, 1]
+    drawn = np.random.default_rng(seed).random((count, 9))
+    nodes = 3 + (SIDE - 7) * drawn[:, :8].reshape(count, 4, 2)
+    angle = 2 * np.pi * drawn[:, 8:]
+    direction = np.hstack([np.cos(angle), np.sin(angle)])
+    order = np.argsort(nodes @ direction[..., None], axis=1)  # [count, 4, 1]
     nodes = np.take_along_axis(nodes, order, axis=1)
     images = np.empty((count, SIDE, SIDE), dtype=dtype)
     for start in range(0, count, chunk):

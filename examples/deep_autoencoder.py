@@ -54,7 +54,8 @@ EVALUATE_EVERY = 10
 class Task:
     """A network, how it is trained, and the settings that were found best for it.
 
-    A learning rate is constant, or decays linearly to zero at the last iteration.
+    A learning rate is constant, or decays linearly to zero at the last iteration. Of `tried`, every
+    combination was.
     """
 
     widths: tuple[int, ...]
@@ -62,6 +63,7 @@ class Task:
     batch_size: int
     steps: int
     chosen: Mapping[str, Mapping[str, Any]]
+    tried: Mapping[str, Mapping[str, tuple[Any, ...]]]
 
 
 FULL = Task(
@@ -72,7 +74,15 @@ FULL = Task(
     chosen={
         "kfac": {},
         "sgd": {"learning_rate": 0.01, "momentum": 0.9, "decay": "linear"},
-        "adam": {"learning_rate": 0.001, "decay": "linear"},
+        "adam": {"learning_rate": 0.002, "decay": "linear"},
+    },
+    tried={
+        "sgd": {
+            "learning_rate": (0.01, 0.02),
+            "momentum": (0.9, 0.95),
+            "decay": ("constant", "linear"),
+        },
+        "adam": {"learning_rate": (0.001, 0.002, 0.004), "decay": ("constant", "linear")},
     },
 )
 SMALL = Task(
@@ -85,19 +95,18 @@ SMALL = Task(
         "sgd": {"learning_rate": 0.02, "momentum": 0.95, "decay": "linear"},
         "adam": {"learning_rate": 0.01, "decay": "constant"},
     },
+    tried={
+        "sgd": {
+            "learning_rate": (0.005, 0.01, 0.02, 0.03),
+            "momentum": (0.9, 0.95, 0.99),
+            "decay": ("constant", "linear"),
+        },
+        "adam": {
+            "learning_rate": (0.001, 0.002, 0.003, 0.005, 0.01, 0.02),
+            "decay": ("constant", "linear"),
+        },
+    },
 )
-TRIED: dict[str, dict[str, tuple[Any, ...]]] = {  # every combination
-    "sgd": {
-        "learning_rate": (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05),
-        "momentum": (0.9, 0.95, 0.99),
-        "decay": ("constant", "linear"),
-    },
-    "adam": {
-        "learning_rate": (0.001, 0.002, 0.003, 0.005, 0.01, 0.02),
-        "decay": ("constant", "linear"),
-    },
-}
-
 Step = Callable[[Params, Array], Params]
 """params, images -> new params."""
 
@@ -318,7 +327,7 @@ def tune(names: list[str], task: Task, images: Images, steps: int, seed: int) ->
     """Print where every setting that is tried ends, best first."""
     grids = {
         name: [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-        for name, grid in TRIED.items()
+        for name, grid in task.tried.items()
         if name in names
     }
     bar = tqdm(total=steps * sum(map(len, grids.values())), unit="step")

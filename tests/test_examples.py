@@ -245,3 +245,15 @@ def test_deep_autoencoder_runs(tmp_path, optimizers):
     assert "Adam" in done.stdout
     assert ("K-FAC" in done.stdout) == ("kfac" in optimizers)
     assert "nan" not in done.stdout
+
+
+def test_deep_autoencoder_repeats_the_search(tmp_path):
+    done = run_example(
+        tmp_path,
+        *("--small", "--tune", "--steps", "1", "--batch-size", "50", "--threads", "1"),
+        *("--optimizers", "adam"),
+        script="deep_autoencoder.py",
+    )
+    lines = [line for line in done.stdout.splitlines() if "learning rate" in line]
+    assert len(lines) == 12
+    assert sum(line.endswith("*") for line in lines) == 1
