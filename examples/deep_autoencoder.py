@@ -75,16 +75,12 @@ FULL = Task(
     steps=1000,
     chosen={
         "kfac": {},
-        "sgd": {"learning_rate": 0.01, "momentum": 0.9, "decay": "linear"},
+        "sgd": {"learning_rate": 0.02, "momentum": 0.9, "decay": "linear"},
         "adam": {"learning_rate": 0.002, "decay": "linear"},
     },
-    tried={
-        "sgd": {
-            "learning_rate": (0.01, 0.02),
-            "momentum": (0.9, 0.95),
-            "decay": ("constant", "linear"),
-        },
-        "adam": {"learning_rate": (0.001, 0.002, 0.004), "decay": ("constant", "linear")},
+    tried={  # for 200 iterations; the best, and of Adam the next, for all
+        "sgd": {"learning_rate": (0.01, 0.02), "momentum": (0.9, 0.95), "decay": ("linear",)},
+        "adam": {"learning_rate": (0.001, 0.002, 0.004), "decay": ("linear",)},
     },
 )
 SMALL = Task(
