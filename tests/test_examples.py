@@ -1,9 +1,11 @@
 """The examples run, and the hand-written network beside them is right."""
 
+import gzip
 import importlib.util
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kfac_xp.optimizer import MOMENTUM_TYPES
 from tests.cases import assert_close, to_numpy
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +37,11 @@ def convnet():
 @pytest.fixture(scope="module")
 def poisson():
     yield from imported("poisson_regression")
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    yield from imported("autoencoder")
 
 
 def setting(convnet, xp, rng, n=2):
@@ -152,3 +160,135 @@ def test_poisson_loss(poisson, rng):
     scores = poisson.PoissonLoss(many.log_rate, many.sample(0)).gradient()
     assert_close((scores**2).mean(0), loss.multiply_fisher(np.ones_like(s)), 0.05)
     assert loss.fisher_factor_inner_shape == s.shape
+
+
+# ---------------------------------------------------------------------------------------------
+# The deep autoencoder
+
+
+def tiny_autoencoder(autoencoder, xp, rng):
+    model = autoencoder.Autoencoder((12, 7, 5, 3))
+    mean_image = rng.random(12)
+    params = model.initial_params(0, xp, xp.float64, mean_image=mean_image)
+    params = {
+        name: tuple(a + xp.asarray(0.1 * rng.normal(size=tuple(a.shape))) for a in pair)
+        for name, pair in params.items()
+    }
+    tangent = {
+        name: tuple(xp.asarray(rng.normal(size=tuple(a.shape))) for a in pair)
+        for name, pair in params.items()
+    }
+    return model, params, xp.asarray(rng.random((4, 12))), tangent
+
+
+def moved(params, tangent, step):
+    return {
+        name: tuple(a + step * t for a, t in zip(params[name], tangent[name], strict=True))
+        for name in params
+    }
+
+
+def test_the_tangent_of_the_autoencoder_is_the_slope_of_its_outputs(autoencoder, xp, rng):
+    model, params, images, tangent = tiny_autoencoder(autoencoder, xp, rng)
+    ahead, behind = (
+        to_numpy(model.linearize(moved(params, tangent, step), images).outputs)
+        for step in (1e-6, -1e-6)
+    )
+    net = model.linearize(params, images)
+    assert_close(net.jvp(tangent), (ahead - behind) / 2e-6, 1e-7)
+    assert_close(net.jvp(tangent), to_numpy(net.jvp(tangent)), 0.0)  # nothing was written into
+
+
+def test_the_gradient_of_the_autoencoder_is_the_slope_of_its_loss(autoencoder, xp, rng):
+    model, params, images, tangent = tiny_autoencoder(autoencoder, xp, rng)
+
+    def loss(step):
+        outputs = model.linearize(moved(params, tangent, step), images).outputs
+        return float(autoencoder.cross_entropy(outputs, images))
+
+    net = model.linearize(params, images)
+    cotangents = (autoencoder.sigmoid(net.outputs) - images) / images.shape[0]
+    grads, preactivation_grads = net.vjp(cotangents)
+    slope = sum(
+        float(xp.sum(g * t))
+        for name in params
+        for g, t in zip(grads[name], tangent[name], strict=True)
+    )
+    assert_close(slope, (loss(1e-6) - loss(-1e-6)) / 2e-6, 1e-6)
+    none, again = net.vjp(cotangents, parameters=False)
+    assert none is None
+    for name, ds in preactivation_grads.items():
+        assert_close(again[name], to_numpy(ds), 0.0)
+        assert_close(grads[name][0], to_numpy(net.layer_inputs[name]).T @ to_numpy(ds), 1e-12)
+        assert_close(grads[name][1], to_numpy(ds).sum(axis=0), 1e-12)
+
+
+def test_entropy_is_the_least_cross_entropy(autoencoder, rng):
+    images = rng.uniform(0.1, 0.9, (3, 5))
+    logits = np.log(images / (1 - images))
+    assert_close(autoencoder.cross_entropy(logits, images), autoencoder.entropy(images), 1e-12)
+    assert autoencoder.cross_entropy(logits + 0.1, images) > autoencoder.entropy(images)
+    assert autoencoder.entropy(np.asarray([[0.0, 1.0]])) == 0
+
+
+def test_images_of_curves(autoencoder):
+    images = autoencoder.curve_images(600, seed=0)
+    assert images.shape == (600, 784)
+    assert images.dtype == np.float32
+    assert images.min() >= 0
+    assert images.max() == 1
+    ink = images.sum(axis=1)
+    assert np.all((ink > 5) & (ink < 250))
+    assert_close(autoencoder.curve_images(7, seed=0), images[:7], 1e-6)
+    assert not np.allclose(autoencoder.curve_images(7, seed=1), images[:7])
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "images.gz", "mnist.npz"])
+def test_images_of_mnist_from_a_file(autoencoder, tmp_path, rng, name):
+    pixels = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    path = tmp_path / name
+    if path.suffix == ".npz":
+        np.savez(path, x_train=pixels)
+    else:
+        data = struct.pack(">4i", 0x803, *pixels.shape) + pixels.tobytes()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    images = autoencoder.mnist_images(str(path))
+    assert images.dtype == np.float32
+    assert_close(255 * images, pixels.reshape(5, 784).astype(np.float32), 1e-6)
+
+
+def test_a_file_without_images_is_refused(autoencoder, tmp_path):
+    (tmp_path / "labels").write_bytes(struct.pack(">4i", 0x801, 1, 1, 1))
+    with pytest.raises(ValueError, match="no idx file of images"):
+        autoencoder.mnist_images(str(tmp_path / "labels"))
+
+
+OPTIMIZER_SETS = [("sgd", "adam")]
+if "qmodel" in MOMENTUM_TYPES:
+    OPTIMIZER_SETS.append(("kfac", "sgd", "adam"))
+
+
+@pytest.mark.parametrize("optimizers", OPTIMIZER_SETS, ids="-".join)
+def test_deep_autoencoder_runs(tmp_path, optimizers):
+    done = run_example(
+        tmp_path,
+        *("--small", "--steps", "12", "--batch-size", "100", "--threads", "1"),
+        *("--output", "picture.png", "--optimizers", *optimizers),
+        script="deep_autoencoder.py",
+    )
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "Adam" in done.stdout
+    assert ("K-FAC" in done.stdout) == ("kfac" in optimizers)
+    assert "nan" not in done.stdout
+
+
+def test_deep_autoencoder_repeats_the_search(tmp_path):
+    done = run_example(
+        tmp_path,
+        *("--small", "--tune", "--steps", "1", "--batch-size", "50", "--threads", "1"),
+        *("--optimizers", "adam"),
+        script="deep_autoencoder.py",
+    )
+    lines = [line for line in done.stdout.splitlines() if "learning rate" in line]
+    assert len(lines) == 12
+    assert sum(line.endswith("*") for line in lines) == 1
