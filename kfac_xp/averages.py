@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from kfac_xp.backend import array_namespace, as_number, as_scalar_like, device_of, is_readable
 from kfac_xp.typing import Array, Scalar
 
@@ -35,6 +37,7 @@ class MovingAverage:
         self.zero_debias = zero_debias
         self.starts_defined = starts_defined
         self.num_updates = 0
+        self._value: Array | None = None
         self.all_finite: Array | None = None
         """Device flag: every update so far was finite. None where updates are looked at at once."""
 
@@ -56,7 +59,8 @@ class MovingAverage:
         """
         weight = self.default_weight(decay) if weight is None else weight
         decay, weight = as_scalar_like(decay, new), as_scalar_like(weight, new)
-        total = decay * self.total + weight * new
+        total = decay * self.total
+        total = total + (new if isinstance(weight, float) and weight == 1.0 else weight * new)
         total_weight = decay * self.weight + weight
         if not is_readable(new):
             xp = array_namespace(new)
@@ -69,12 +73,16 @@ class MovingAverage:
             self.all_finite = finite if self.all_finite is None else self.all_finite & finite
         self.total, self.weight = total, total_weight
         self.num_updates += 1
+        self._value = None
 
     @property
     def value(self) -> Array:
         """The average now; before the first update, what it starts from."""
-        debiased = self.zero_debias and self.num_updates > 0
-        return self.total / self.weight if debiased else self.total
+        if not self.zero_debias or self.num_updates == 0:
+            return self.total
+        if self._value is None:
+            self._value = self.total / self.weight
+        return self._value
 
     def state_dict(self) -> dict[str, Any]:
         """Total, sum of weights and number of updates."""
@@ -98,8 +106,15 @@ class MovingAverage:
         self.weight = float(state["weight"])
         self.num_updates = int(state["num_updates"])
         self.all_finite = None
+        self._value = None
 
 
 def is_finite(x: Array) -> bool:
     """False if `x` can be read for free and holds a NaN or an infinity."""
-    return not is_readable(x) or bool(array_namespace(x).all(array_namespace(x).isfinite(x)))
+    if not is_readable(x):
+        return True
+    xp = array_namespace(x)
+    # A finite sum has finite terms; only where it overflows need they be looked at one by one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = xp.sum(x)
+    return bool(xp.isfinite(total)) or bool(xp.all(xp.isfinite(x)))

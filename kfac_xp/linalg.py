@@ -31,7 +31,8 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     # Both operands are the same buffer, so that NumPy's matmul takes the symmetric rank-k update:
     # half the work of a general product.
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y) / n
-    return symmetrized(cov) if y is None else cov
+    # That update writes one triangle and copies it, so its result is exactly symmetric.
+    return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
 
 
 def symmetrized(x: Array) -> Array:
@@ -171,20 +172,32 @@ def cholesky(x: Array, damping: Scalar = 0.0) -> Array:
 
 def inverse_lower(factor: Array) -> Array:
     """Inverse of a lower triangular matrix, by the library's triangular solver if it has one."""
-    xp, eye = array_namespace(factor), identity_like(factor)
     if array_api_compat.is_torch_array(factor):
         import torch
 
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
+        return torch.linalg.solve_triangular(factor, identity_like(factor), upper=False)
     solve = _triangular_solver(library_of(factor))
     if solve is not None:
-        return solve(factor, eye, lower=True)
+        return solve(factor, identity_like(factor), lower=True)
     try:
-        return xp.linalg.solve(factor, eye)
+        return _inverse_lower_by_halves(factor)
     except Exception as error:
         if not _is_linalg_error(error):
             raise
-        return factor * xp.nan
+        return factor * array_namespace(factor).nan
+
+
+def _inverse_lower_by_halves(factor: Array) -> Array:
+    """``[[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]``: matrix products, mostly."""
+    xp, n = array_namespace(factor), factor.shape[0]
+    if n <= 64:
+        return xp.linalg.inv(factor)
+    h = n // 2
+    first = _inverse_lower_by_halves(factor[:h, :h])
+    last = _inverse_lower_by_halves(factor[h:, h:])
+    corner = -xp.matmul(last, xp.matmul(factor[h:, :h], first))
+    zeros = xp.zeros((h, n - h), dtype=factor.dtype, device=device_of(factor))
+    return xp.concat([xp.concat([first, zeros], axis=1), xp.concat([corner, last], axis=1)], axis=0)
 
 
 def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Array:
@@ -199,6 +212,8 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
         If `method` is none of these.
     """
     xp = array_namespace(x)
+    if method == "cholesky" and array_api_compat.is_numpy_array(x) and find_spec("scipy"):
+        return _lapack_inverse(x, float(damping))
     if method == "cholesky":
         inverse_factor = inverse_lower(cholesky(x, damping))
         return symmetrized(xp.matmul(xp.matrix_transpose(inverse_factor), inverse_factor))
@@ -215,6 +230,31 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
     raise ValueError(f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}.")
 
 
+def _lapack_inverse(x: np.ndarray, damping: float) -> np.ndarray:
+    """Inverse by LAPACK's potrf and potri, a third of the arithmetic of a general inverse."""
+    lapack = importlib.import_module("scipy.linalg.lapack")
+    potrf, potri = lapack.get_lapack_funcs(("potrf", "potri"), (x,))
+    damped = np.array(x, order="C")
+    damped.reshape(-1)[:: x.shape[0] + 1] += damping
+    # LAPACK's columns are rows here: its upper triangle is the lower one of these arrays.
+    factor, failed = potrf(damped.T, lower=False, overwrite_a=True, clean=False)
+    if failed:
+        return np.full_like(x, np.nan)
+    inverse, _ = potri(factor, lower=False, overwrite_c=True)
+    return _mirrored(inverse.T)
+
+
+def _mirrored(lower: np.ndarray) -> np.ndarray:
+    """Write the lower triangle of a matrix into the upper one, block by block."""
+    n, block = lower.shape[0], 128
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        corner = np.tril(lower[start:stop, start:stop])
+        lower[start:stop, start:stop] = corner + np.tril(corner, -1).T
+        lower[start:stop, stop:] = lower[stop:, start:stop].T
+    return lower
+
+
 def inverse_residual(x: Array, inverse: Array, damping: Scalar) -> Array:
     """Largest entry of ``(x + damping I) inverse p - p`` for one fixed vector `p` of size 1.
 
@@ -222,9 +262,10 @@ def inverse_residual(x: Array, inverse: Array, damping: Scalar) -> Array:
     """
     xp = array_namespace(x, inverse)
     index = xp.arange(x.shape[0], dtype=x.dtype, device=device_of(x))
-    probe = xp.cos(index * index)[:, None]
-    image = xp.matmul(inverse, probe)
-    return xp.max(xp.abs(xp.matmul(x, image) + damping * image - probe))
+    probe = xp.cos(index * index)
+    # Row by row, which wakes no threads: others may be waiting to compute the next inverse.
+    image = xp.vecdot(inverse, probe)
+    return xp.max(xp.abs(xp.vecdot(x, image) + damping * image - probe))
 
 
 def one_norm(x: Array) -> Array:

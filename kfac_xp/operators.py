@@ -214,6 +214,8 @@ class KroneckerProduct(LinearOperator):
     def apply(self, mat: Array) -> Array:
         """``scale * A @ V @ G.T`` for V of shape [d_in, d_out], or `IndexedSlices` of one."""
         product = self.G.matmul_right(self.A.matmul(mat), adjoint=True)
+        if self.scale == 1.0:
+            return product
         if isinstance(product, IndexedSlices):
             return product.with_values(self.scale * product.values)
         return self.scale * product

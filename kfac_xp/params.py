@@ -149,12 +149,16 @@ def scaled(factor: Scalar, vectors: Vectors) -> dict[str, Params]:
 
 
 def inner_product(a: Vectors, b: Vectors, dtype: Any = None) -> Array:
-    """Sum of the products of all corresponding entries: 0-d, in `dtype` if one is given."""
+    """Sum of the products of all corresponding entries: 0-d, in `dtype` if one is given.
+
+    Each row is summed in the arrays' own dtype, and the sums of the rows in `dtype`: that keeps the
+    digits of long vectors, and makes no array of their size.
+    """
 
     def product(x: Array, y: Array) -> Array:
-        if dtype is not None:
-            x, y = cast(x, dtype), cast(y, dtype)
-        return array_namespace(x, y).sum(x * y)
+        xp = array_namespace(x, y)
+        rows = xp.vecdot(x, y) if x.ndim else x * y
+        return xp.sum(rows if dtype is None else cast(rows, dtype))
 
     products = map_vectors(product, a, b)
     return sum(p for layer in products.values() for p in as_arrays(layer))

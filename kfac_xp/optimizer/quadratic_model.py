@@ -118,8 +118,8 @@ def quadratic_model(
     pairs = [(0, 0), (0, 1), (1, 1)] if len(vectors) == 2 else [(0, 0)]
     dtype = scalar_dtype(like)
     xp = array_namespace(like)
-    # Rounding of the inner products, and of the vectors and their images themselves.
-    tolerance = max(64 * float(xp.finfo(dtype).eps), (64 * float(xp.finfo(like.dtype).eps)) ** 2)
+    # Rounding of the inner products, whose rows are summed in the dtype of the vectors.
+    tolerance = max(64 * float(xp.finfo(xp.float64).eps), float(xp.finfo(like.dtype).eps))
     return QuadraticModel(
         tuple(inner_product(images[i], images[j], dtype) / batch_size for i, j in pairs),
         tuple(inner_product(vectors[i], vectors[j], dtype) for i, j in pairs),
