@@ -60,7 +60,8 @@ class MovingAverage:
         weight = self.default_weight(decay) if weight is None else weight
         decay, weight = as_scalar_like(decay, new), as_scalar_like(weight, new)
         total = decay * self.total
-        total = total + (new if isinstance(weight, float) and weight == 1.0 else weight * new)
+        # An array of this method's own, so that it may be added to.
+        total += new if isinstance(weight, float) and weight == 1.0 else weight * new
         total_weight = decay * self.weight + weight
         if not is_readable(new):
             xp = array_namespace(new)

@@ -7,7 +7,7 @@ from tests.cases import assert_close, to_numpy
 
 def test_weights(xp, rng):
     values = rng.normal(size=(4, 2, 2))
-    debiased = kfac_xp.MovingAverage(xp.zeros((2, 2)))
+    debiased = kfac_xp.MovingAverage(xp.zeros((2, 2), dtype=xp.float64))
     for v in values:
         debiased.update(xp.asarray(v), decay=0.9)
     weights = 0.9 ** np.arange(3, -1, -1)
@@ -17,7 +17,7 @@ def test_weights(xp, rng):
 
 def test_the_common_factor_of_weights_cancels(xp, rng):
     values = rng.normal(size=(3, 2))
-    averages = [kfac_xp.MovingAverage(xp.zeros((2,))) for _ in range(2)]
+    averages = [kfac_xp.MovingAverage(xp.zeros((2,), dtype=xp.float64)) for _ in range(2)]
     for v in values:
         averages[0].update(xp.asarray(v), decay=0.9, weight=1.0)
         averages[1].update(xp.asarray(v), decay=0.9, weight=0.1)

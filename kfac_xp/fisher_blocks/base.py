@@ -280,7 +280,7 @@ def average_in(
     for factor, moment in moments.items():
         factor.require_finite(moment)
     for factor, moment in moments.items():
-        factor.update_average(moment, ema_decay=ema_decay, ema_weight=ema_weight)
+        factor.take_step(moment, ema_decay=ema_decay, ema_weight=ema_weight)
 
 
 def blocks_factors(blocks: Iterable[FisherBlock]) -> list[FisherFactor]:

@@ -129,6 +129,12 @@ class FisherFactor(abc.ABC):
     ) -> None:
         """Take one step of the moving average towards `new_cov`."""
         self.require_finite(new_cov)
+        self.take_step(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)
+
+    def take_step(
+        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
+    ) -> None:
+        """`update_average` with a moment that has been looked at."""
         self.instantiate_cov_variables()
         self._require_average().update(new_cov, decay=ema_decay, weight=ema_weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from kfac_xp.backend import array_namespace, cast
@@ -64,7 +65,7 @@ class MultiBernoulliNegativeLogProbLoss(
         xp = array_namespace(x)
         # log(1 + exp(x)) - t x, in the form that does not overflow.
         positive = xp.where(x > 0, x, xp.zeros_like(x))
-        return xp.sum(positive + xp.log1p(xp.exp(-xp.abs(x))) - t * x)
+        return xp.sum(positive + xp.log1p(self._small) - t * x)
 
     def gradient(self) -> Array:
         """``p - targets``."""
@@ -92,13 +93,16 @@ class MultiBernoulliNegativeLogProbLoss(
         return cast(self._require_targets(), self._inputs.dtype)
 
     def _probabilities(self) -> Array:
-        x = self._inputs
+        x, small = self._inputs, self._small
         xp = array_namespace(x)
-        small = xp.exp(-xp.abs(x))  # never overflows
         return xp.where(x >= 0, xp.ones_like(x), small) / (1 + small)
 
     def _variance(self) -> Array:
         # p (1 - p) with 1 - p taken from the logits, which keeps its digits when p is near 1.
-        x = self._inputs
-        small = array_namespace(x).exp(-array_namespace(x).abs(x))
-        return small / ((1 + small) * (1 + small))
+        return self._small / ((1 + self._small) * (1 + self._small))
+
+    @functools.cached_property
+    def _small(self) -> Array:
+        """``exp(-|logits|)``, which never overflows and gives everything else."""
+        xp = array_namespace(self._inputs)
+        return xp.exp(-xp.abs(self._inputs))

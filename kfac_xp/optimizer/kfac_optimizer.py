@@ -317,7 +317,9 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         if adapts and update.qmodel_change is None:
             update = replace(update, qmodel_change=self._predicted_change(update, data))
         old = map_vectors(detached, data.params)
-        change = scaled(update.rate, self._with_weight_decay(update.direction, old))
+        change = self._with_weight_decay(update.direction, old)
+        if update.rate != 1.0:
+            change = scaled(update.rate, change)
         new_params = map_vectors(lambda w, c: w - c, old, change)
         momentum = update.mu if self._momentum is None else self.momentum
         rate = update.rate if update.alpha is None else -update.alpha * update.rate

@@ -150,4 +150,10 @@ def _clipped(clip: Scalar, step: Vectors, limit: float | None) -> dict[str, Para
 def _accumulated(momentum: float, velocity: Vectors | None, new: Vectors) -> dict[str, Params]:
     if velocity is None:
         return dict(new)
-    return map_vectors(lambda v, p: momentum * v + p, velocity, new)
+
+    def one(v: Array, p: Array) -> Array:
+        total = momentum * v
+        total += p  # an array of this function's own
+        return total
+
+    return map_vectors(one, velocity, new)
