@@ -16,6 +16,7 @@ import gzip
 import math
 import struct
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -108,6 +109,14 @@ class Linearization:
             s += bias
             x = s if name == code_layer else xp.tanh(s)
         self.outputs = s
+
+    def first(self, count: int) -> Linearization:
+        """The same on the first cases of the batch alone; no array is copied."""
+        part = copy(self)
+        part.__dict__.pop("_slopes", None)
+        part.layer_inputs = {name: x[:count] for name, x in self.layer_inputs.items()}
+        part.outputs = self.outputs[:count]
+        return part
 
     @cached_property
     def _slopes(self) -> Arrays:

@@ -1,7 +1,7 @@
 """K-FAC curvature for plain arrays: NumPy, CuPy, PyTorch and JAX from one source."""
 
 from kfac_xp import _source_tree  # noqa: F401  (first: it makes kfac_xp.kernels importable)
-from kfac_xp.averages import MovingAverage
+from kfac_xp.averages import AccumulatorVariable, MovingAverage, MovingAverageVariable
 from kfac_xp.backend import explain, use_backend
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import (
@@ -57,14 +57,20 @@ from kfac_xp.fisher_factors import (
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
 )
-from kfac_xp.geometry import ConvGeometry
+from kfac_xp.geometry import ConvGeometry, num_conv_locations
 from kfac_xp.layer_collection import (
     LayerCollection,
     RegistrationReport,
     get_default_layer_collection,
     set_default_layer_collection,
 )
-from kfac_xp.linalg import append_homog, compute_cov
+from kfac_xp.linalg import (
+    append_homog,
+    compute_cov,
+    kronecker_product,
+    posdef_eig,
+    posdef_inv,
+)
 from kfac_xp.loss_functions import (
     CategoricalLogitsNegativeLogProbLoss,
     DistributionNegativeLogProbLoss,
@@ -77,8 +83,25 @@ from kfac_xp.loss_functions import (
     OnehotCategoricalLogitsNegativeLogProbLoss,
     insert_slice_in_zeros,
 )
-from kfac_xp.operators import Diag, FullMatrix, KroneckerProduct, LinearOperator
-from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
+from kfac_xp.op_queue import OpQueue, batch_execute
+from kfac_xp.operators import (
+    Diag,
+    FullMatrix,
+    KroneckerProduct,
+    LinearOperator,
+    LinearOperatorDiag,
+    LinearOperatorFullMatrix,
+    RankOneUpdate,
+    RepeatedBlock,
+)
+from kfac_xp.ops import (
+    conv_squared_outer,
+    extract_convolution_patches,
+    extract_image_patches,
+    extract_patches,
+    extract_pointwise_conv2d_patches,
+    squared_outer,
+)
 from kfac_xp.optimizer import KfacOptimizer, PeriodicInvCovUpdateKfacOpt, StepInfo
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import (
@@ -92,6 +115,8 @@ from kfac_xp.params import (
     tensors_to_column,
     vectors_to_flat,
 )
+from kfac_xp.randomness import generate_random_signs
+from kfac_xp.representations import PackagedFunc
 from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
 
 __version__ = "0.1.0"
@@ -103,10 +128,19 @@ __all__ = [
     "compute_cov",
     "conv_squared_outer",
     "explain",
+    "extract_convolution_patches",
+    "extract_image_patches",
     "extract_patches",
+    "extract_pointwise_conv2d_patches",
+    "generate_random_signs",
+    "kronecker_product",
+    "num_conv_locations",
+    "posdef_eig",
+    "posdef_inv",
     "squared_outer",
     "use_backend",
     # operators, damping, averages, parameters
+    "AccumulatorVariable",
     "Diag",
     "FactorOptions",
     "FullMatrix",
@@ -114,7 +148,13 @@ __all__ = [
     "KroneckerProduct",
     "LevenbergMarquardt",
     "LinearOperator",
+    "LinearOperatorDiag",
+    "LinearOperatorFullMatrix",
     "MovingAverage",
+    "MovingAverageVariable",
+    "PackagedFunc",
+    "RankOneUpdate",
+    "RepeatedBlock",
     "column_to_tensors",
     "compute_pi_adjusted_damping",
     "compute_pi_tracenorm",
@@ -186,10 +226,12 @@ __all__ = [
     "FisherEstimator",
     "KfacOptimizer",
     "LayerCollection",
+    "OpQueue",
     "PeriodicInvCovUpdateKfacOpt",
     "RegistrationReport",
     "StepInfo",
     "get_default_layer_collection",
+    "batch_execute",
     "make_fisher_estimator",
     "set_default_layer_collection",
     # state

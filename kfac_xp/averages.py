@@ -76,6 +76,16 @@ class MovingAverage:
         self.num_updates += 1
         self._value = None
 
+    def add_to_average(self, new: Array, decay: Scalar = 1.0, weight: Scalar = 1.0) -> None:
+        """As `update`, with the reference's name and defaults: the plain mean."""
+        self.update(new, decay=decay, weight=weight)
+
+    def reset(self) -> None:
+        """Forget every update; the total is zero, also if it started elsewhere."""
+        xp = array_namespace(self.total)
+        self.total, self.weight, self.num_updates = xp.zeros_like(self.total), 0.0, 0
+        self.starts_defined, self.all_finite, self._value = False, None, None
+
     @property
     def value(self) -> Array:
         """The average now; before the first update, what it starts from."""
@@ -108,6 +118,45 @@ class MovingAverage:
         self.num_updates = int(state["num_updates"])
         self.all_finite = None
         self._value = None
+
+
+MovingAverageVariable = MovingAverage
+
+
+class AccumulatorVariable:
+    """A sum of arrays and their number, to be read as a mean: for gradients of several batches."""
+
+    def __init__(self) -> None:
+        self._sum: Array | None = None
+        self.count = 0
+
+    def accumulate(self, value: Array) -> None:
+        """Add a value."""
+        self._sum = value if self._sum is None else self._sum + value
+        self.count += 1
+
+    @property
+    def value(self) -> Array:
+        """The mean of what was accumulated.
+
+        Raises
+        ------
+        RuntimeError
+            If there is nothing.
+        """
+        if self._sum is None:
+            raise RuntimeError("nothing was accumulated yet. Call `accumulate` first.")
+        return self._sum / self.count
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sum, self.count = None, 0
+
+    def read_value_and_reset(self) -> Array:
+        """The mean, after which nothing is kept."""
+        value = self.value
+        self.reset()
+        return value
 
 
 def is_finite(x: Array) -> bool:

@@ -112,6 +112,38 @@ class ConvGeometry:
         return math.prod(self.output_shape(space))
 
 
+def num_conv_locations(
+    input_shape: Sequence[int],
+    filter_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "SAME",
+    dilation: Sequence[int] | None = None,
+) -> int:
+    """Number of positions at which a filter is applied to one case.
+
+    Parameters
+    ----------
+    input_shape
+        ``(N, *space, C_in)``; the number of cases plays no role.
+    filter_shape
+        ``(*kernel, C_in, C_out)``.
+    strides, padding, dilation
+        As for `ConvGeometry.create`.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of axes differ, or the geometry is impossible.
+    """
+    geometry = ConvGeometry.create(tuple(filter_shape)[:-2], strides, padding, dilation)
+    if len(input_shape) != geometry.num_axes + 2:
+        raise ValueError(
+            f"`input_shape` must have {geometry.num_axes + 2} entries (cases, the spatial axes of "
+            f"the filter, channels); got {tuple(input_shape)}."
+        )
+    return geometry.num_locations(tuple(input_shape)[1:-1])
+
+
 def require_channels_last(data_format: str | None) -> None:
     """Refuse a `data_format` whose channels are not the last axis.
 

@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 
 from kfac_xp.backend import array_namespace, device_of, library_of
-from kfac_xp.typing import Array, InverseMethod, Scalar
+from kfac_xp.typing import Array, EigMethod, InverseMethod, Scalar
 
 
 def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = None) -> Array:
@@ -84,6 +84,9 @@ def kron(a: Array, b: Array) -> Array:
     xp = array_namespace(a, b)
     (m, n), (p, q) = a.shape, b.shape
     return xp.reshape(a[:, None, :, None] * b[None, :, None, :], (m * p, n * q))
+
+
+kronecker_product = kron
 
 
 def identity_like(x: Array) -> Array:
@@ -228,6 +231,20 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
     if method == "eig":
         return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
     raise ValueError(f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}.")
+
+
+def posdef_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Array:
+    """As `psd_inv`: the name that the reference has for it."""
+    return psd_inv(x, damping, method)
+
+
+def posdef_eig(x: Array, method: EigMethod = "self_adjoint") -> tuple[Array, Array]:
+    """``(absolute eigenvalues, eigenvectors)``, or with ``"svd"`` singular values and vectors."""
+    if method == "svd":
+        u, s, _ = svd(x)
+        return s, u
+    w, v = psd_eigh(x, clip=None)
+    return array_namespace(w).abs(w), v
 
 
 def _lapack_inverse(x: np.ndarray, damping: float) -> np.ndarray:

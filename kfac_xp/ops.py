@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from kfac_xp.backend import (
@@ -18,7 +19,7 @@ from kfac_xp.backend import (
     device_of,
     require_one_place,
 )
-from kfac_xp.geometry import ConvGeometry
+from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
 from kfac_xp.linalg import append_homog
 from kfac_xp.typing import Array
 
@@ -174,6 +175,60 @@ def conv_squared_outer(
             patches = append_homog(patches)
         total = total + squared_outer.reference(patches, grads[start:stop, ...])
     return total
+
+
+def extract_convolution_patches(
+    inputs: Array,
+    filter_shape: Sequence[int],
+    padding: Padding = "SAME",
+    strides: Sequence[int] | None = None,
+    dilation_rate: Sequence[int] | None = None,
+    data_format: str | None = None,
+) -> Array:
+    """`extract_patches` in the reference's form: shape [N, *out, *kernel, C_in].
+
+    Parameters
+    ----------
+    inputs : shape [N, *space, C_in]
+    filter_shape
+        ``(*kernel, C_in, C_out)``.
+    padding, strides, dilation_rate
+        As for `ConvGeometry.create`.
+    data_format
+        None or a name that ends in "C".
+    """
+    require_channels_last(data_format)
+    *kernel, channels, _ = filter_shape
+    geometry = ConvGeometry.create(kernel, strides, padding, dilation_rate)
+    patches = extract_patches(inputs, geometry)
+    return array_namespace(inputs).reshape(patches, (*patches.shape[:-1], *kernel, channels))
+
+
+def extract_image_patches(
+    inputs: Array,
+    filter_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    dilation_rate: Sequence[int] | None = None,
+    padding: Padding = "SAME",
+) -> Array:
+    """`extract_patches` over two axes: shape [N, oh, ow, kh * kw * C_in]."""
+    if len(filter_shape) != 4:
+        raise ValueError(
+            "`filter_shape` must be (kh, kw, C_in, C_out); "
+            f"got {tuple(filter_shape)}. `extract_convolution_patches` takes any number of axes."
+        )
+    geometry = ConvGeometry.create(filter_shape[:-2], strides, padding, dilation_rate)
+    return extract_patches(inputs, geometry)
+
+
+def extract_pointwise_conv2d_patches(inputs: Array, filter_shape: Sequence[int]) -> Array:
+    """The patches of a 1x1 filter, which are the pixels: shape [N, h, w, 1, 1, C_in]."""
+    if inputs.ndim != 4 or len(filter_shape) != 4 or tuple(filter_shape)[:2] != (1, 1):
+        raise ValueError(
+            "`inputs` must have shape [N, h, w, C_in] and `filter_shape` must be (1, 1, C_in, "
+            f"C_out); got {tuple(inputs.shape)} and {tuple(filter_shape)}."
+        )
+    return inputs[:, :, :, None, None, :]
 
 
 # ---------------------------------------------------------------------------------------------

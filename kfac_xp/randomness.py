@@ -63,6 +63,14 @@ def normal(generator: Generator, shape: Sequence[int], like: Array) -> Array:
     return source.normal(tuple(shape))
 
 
+def generate_random_signs(generator: Generator, shape: Sequence[int], like: Array) -> Array:
+    """Independent draws of -1 and 1 of the library, dtype and device of `like`."""
+    draws = uniform(generator, shape, like)
+    xp = array_namespace(draws)
+    ones = xp.ones_like(draws)
+    return xp.where(draws < 0.5, -ones, ones)
+
+
 def subset(generator: Generator, total: int, number: int, like: Array) -> Array:
     """`number` different integers below `total`, in random order, on the device of `like`."""
     source, xp = as_generator(generator), array_namespace(like)

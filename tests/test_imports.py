@@ -25,7 +25,7 @@ ORDER = [
     ["fisher_blocks"],
     ["layer_collection"],
     ["linearized_batch"],
-    ["curvature_products"],
+    ["curvature_products", "op_queue"],
     ["estimator"],
     ["optimizer"],
     ["integrations", "plots"],

@@ -18,7 +18,7 @@ from kfac_xp.linearized_batch.loss_methods import (
 )
 from kfac_xp.loss_functions import LossFunction
 from kfac_xp.params import as_arrays, map_params, map_vectors, param_shapes
-from kfac_xp.randomness import Generator, uniform
+from kfac_xp.randomness import Generator, generate_random_signs
 from kfac_xp.typing import Array, Linearization, Params, Vectors
 
 PerLoss: TypeAlias = dict[str, Any]
@@ -166,7 +166,7 @@ class LinearizedBatch:
             shapes = [inner_shape(loss, registered, matrix, mode) for loss in losses]
             sizes = [shape[0] for shape in shapes]
             whole = (sum(sizes), *shapes[0][1:])
-            signs = split_towers(_random_signs(generator, whole, self.first_output), sizes)
+            signs = split_towers(generate_random_signs(generator, whole, self.first_output), sizes)
             for tower, loss, r in zip(towers, losses, signs, strict=True):
                 product = call_method(loss, registered, f"multiply_{matrix}_factor", mode, r)
                 tower[name] = _scaled(product, registered.coeff**0.5)
@@ -382,12 +382,6 @@ def require_layers(name: str, vectors: Vectors, layers: LayerCollection) -> None
             f"{name} must have exactly the registered layers {registered}; missing: "
             f"{missing}, not registered: {extra}."
         )
-
-
-def _random_signs(generator: Generator, shape: tuple[int, ...], like: Array) -> Array:
-    draws = uniform(generator, shape, like)
-    ones = array_namespace(draws).ones_like(draws)
-    return array_namespace(draws).where(draws < 0.5, -ones, ones)
 
 
 def _only(values: Mapping[str, Any]) -> Any:

@@ -59,11 +59,11 @@ class DampedUpdates(ReadableOptimizer):
                 momentum=at(self._momentum, self.counter),
                 norm_constraint=self.norm_constraint,
             )
-        assert data.batch is not None
-        assert data.batch_size is not None
+        assert data.curvature is not None
+        assert data.curvature_size is not None
         step = estimator.multiply_inverse(data.grads)
         last_update = None if velocity is None else scaled(-1.0, velocity)
-        products = CurvatureMatrixVectorProductComputer.from_batch(self.layers, data.batch)
+        products = CurvatureMatrixVectorProductComputer.from_batch(self.layers, data.curvature)
         model = quadratic_model(
             products,
             data.grads,
@@ -71,7 +71,7 @@ class DampedUpdates(ReadableOptimizer):
             last_update,
             mat_type=self.mat_type,
             damping=self.damping,
-            batch_size=data.batch_size,
+            batch_size=data.curvature_size,
         )
         return qmodel_update(
             step,

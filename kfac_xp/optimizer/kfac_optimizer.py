@@ -211,6 +211,8 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         grads: Vectors | None = None,
         loss: Scalar | None = None,
         loss_fn: LossFn | None = None,
+        curvature_net: Any = None,
+        curvature_targets: Any = None,
         batch_size: int | None = None,
         generator: Generator | None = None,
     ) -> tuple[dict[str, Params], StepInfo]:
@@ -233,6 +235,11 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         loss_fn
             The mean loss on this batch as a function of the parameters: ``loss_fn(params)``.
             Called when the damping is adapted, and only then.
+        curvature_net, curvature_targets
+            The model linearised at `params` on a part of the batch, or a list over towers, and
+            its targets (which only the mode ``empirical`` reads). Statistics and the quadratic
+            model are then made of that part: most of a step's cost goes with its size. A quarter
+            of the batch is what the K-FAC paper takes (section 8).
         batch_size
             What sums over cases are divided by: the number of cases unless given.
         generator
@@ -251,16 +258,28 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         FloatingPointError
             If a gradient or a statistic is not finite, where that can be read for free.
         """
-        self._require_arguments(params, net, statistics, grads, loss_fn)
+        self._require_arguments(params, net, statistics, grads, loss_fn, curvature_net)
         batch = None if net is None else LinearizedBatch(self.layers, net, targets)
-        if batch is not None and self._by_model:
-            batch.require_member("jvp")
+        curvature = batch
+        if curvature_net is not None:
+            curvature = LinearizedBatch(self.layers, curvature_net, curvature_targets)
+        if curvature is not None and self._by_model:
+            curvature.require_member("jvp")
         with self._unchanged_on_error():
             if self._state.num_burnin < self.num_burnin_steps:
                 return self._burn_in(params, batch, targets, statistics, batch_size, generator)
             self.maybe_pre_update_adapt_damping(params)
             data = gather(
-                self.layers, params, batch, statistics, grads, loss, loss_fn, batch_size, generator
+                self.layers,
+                params,
+                batch,
+                curvature,
+                statistics,
+                grads,
+                loss,
+                loss_fn,
+                batch_size,
+                generator,
             )
             return self._updated(data)
 
@@ -353,15 +372,17 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
 
     def _update_cov(self, data: StepData) -> None:
         estimator = self.estimator
-        if data.batch is None:
+        batch = data.curvature
+        if batch is None:
             assert data.statistics is not None
             estimator.update_cov(data.statistics)
             return
         # The data's own cotangents have been sent already; they are what `empirical` needs.
-        reusable = data.sources is not None and estimator.estimation_mode == "empirical"
-        sources = data.sources if reusable else estimator.mode_sources(data.batch, data.generator)
+        has_sent = data.sources is not None and batch is data.batch
+        reusable = has_sent and estimator.estimation_mode == "empirical"
+        sources = data.sources if reusable else estimator.mode_sources(batch, data.generator)
         assert sources is not None
-        estimator.average_sources(data.batch.layer_inputs(), sources, batch_size=data.batch_size)
+        estimator.average_sources(batch.layer_inputs(), sources, batch_size=data.curvature_size)
 
     def _burn_in(
         self,
@@ -415,7 +436,13 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         statistics: Mapping[str, tuple[Any, Any]] | None,
         grads: Vectors | None,
         loss_fn: LossFn | None,
+        curvature_net: Any,
     ) -> None:
+        if curvature_net is not None and net is None:
+            raise ValueError(
+                "`curvature_net` is part of the batch of `net`, which must be given, too. With "
+                "`statistics`, leave cases out of those."
+            )
         if (net is None) == (statistics is None):
             raise ValueError(
                 "pass either `net` (a linearised model) and `targets`, or `statistics` and "

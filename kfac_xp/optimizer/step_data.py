@@ -12,7 +12,7 @@ from kfac_xp.estimator import Source
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch, require_layers
 from kfac_xp.optimizer.info import LossFn
-from kfac_xp.params import as_arrays, map_vectors, param_shapes
+from kfac_xp.params import IndexedSlices, as_arrays, map_vectors, param_shapes
 from kfac_xp.randomness import Generator
 from kfac_xp.typing import Array, Params, Scalar, Vectors
 
@@ -23,6 +23,7 @@ class StepData:
 
     params: Vectors
     batch: LinearizedBatch | None
+    curvature: LinearizedBatch | None
     statistics: Mapping[str, tuple[Any, Any]] | None
     grads: dict[str, Params]
     loss: Array | None
@@ -31,11 +32,19 @@ class StepData:
     batch_size: int | None
     generator: Generator | None
 
+    @property
+    def curvature_size(self) -> int | None:
+        """Number of cases that the statistics and the quadratic model are made of."""
+        if self.curvature is None or self.curvature is self.batch:
+            return self.batch_size
+        return self.curvature.num_cases
+
 
 def gather(
     layers: LayerCollection,
     params: Vectors,
     batch: LinearizedBatch | None,
+    curvature: LinearizedBatch | None,
     statistics: Mapping[str, tuple[Any, Any]] | None,
     grads: Vectors | None,
     loss: Scalar | None,
@@ -55,10 +64,12 @@ def gather(
         loss = batch.loss() / cases
         sources = [source]
     assert grads is not None
+    grads = map_vectors(_dense, grads)
     _require_gradient(grads, params, layers)
     return StepData(
         params,
         batch,
+        curvature,
         statistics,
         map_vectors(detached, {name: grads[name] for name in params}),
         loss if loss is None or isinstance(loss, (int, float)) else detached(loss),
@@ -67,6 +78,11 @@ def gather(
         batch_size,
         generator,
     )
+
+
+def _dense(gradient: Array) -> Array:
+    """The gradient of an embedding in full: the velocity that it enters is dense, too."""
+    return gradient.to_dense() if isinstance(gradient, IndexedSlices) else gradient
 
 
 def _require_gradient(grads: Vectors, params: Vectors, layers: LayerCollection) -> None:

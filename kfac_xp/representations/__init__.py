@@ -11,6 +11,7 @@ from kfac_xp.representations.lagged import Lagged
 from kfac_xp.representations.requests import (
     DampingKey,
     Kind,
+    PackagedFunc,
     PowerCache,
     Request,
     read_damping,
@@ -25,6 +26,7 @@ __all__ = [
     "Diagonal",
     "Kind",
     "Lagged",
+    "PackagedFunc",
     "PowerCache",
     "Representation",
     "Request",

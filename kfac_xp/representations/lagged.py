@@ -66,11 +66,9 @@ class Lagged(Dense):
         """L [n, n] and psi as a row: ``L diag(psi) L.T`` is the symmetric part, whitened twice."""
         xp = array_namespace(root)
         correlation = xp.matmul(xp.matmul(root, linalg.symmetrized(cov_dt1)), root)
-        if self.options.posdef_eig_method == "svd":
-            basis, psi, _ = linalg.svd(correlation)
-        else:
-            psi, basis = linalg.psd_eigh(linalg.symmetrized(correlation), clip=None)
-        return [xp.matmul(root, basis), xp.abs(psi)[None, :]]
+        method = self.options.posdef_eig_method
+        psi, basis = linalg.posdef_eig(linalg.symmetrized(correlation), method)
+        return [xp.matmul(root, basis), psi[None, :]]
 
 
 def _option2(root: Array, cov_dt1: Array) -> list[Array]:

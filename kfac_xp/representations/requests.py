@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,38 @@ def require_damping(name: str, damping: Damping) -> Damping:
     ):
         raise ValueError(f"`{name}` must be finite and not negative; got {float(damping)}.")
     return damping
+
+
+@dataclass(frozen=True, eq=False)
+class PackagedFunc:
+    """A function without arguments that is equal to others of the same `func_id`.
+
+    As a damping it makes requests of different function objects one.
+
+    Parameters
+    ----------
+    func
+        The function.
+    func_id
+        Hashable values that identify it; functions among them are called, and count by value.
+    """
+
+    func: Callable[[], Any]
+    func_id: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        parts = tuple(part() if callable(part) else part for part in self.func_id)
+        object.__setattr__(self, "func_id", parts)
+
+    def __call__(self) -> Any:
+        """Call the function."""
+        return self.func()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackagedFunc) and self.func_id == other.func_id
+
+    def __hash__(self) -> int:
+        return hash(self.func_id)
 
 
 class DampingKey:
