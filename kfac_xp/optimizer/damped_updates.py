@@ -18,7 +18,7 @@ from kfac_xp.optimizer.updates import (
     regular_qmodel_change,
     regular_update,
 )
-from kfac_xp.params import map_vectors, scaled
+from kfac_xp.params import map_vectors
 from kfac_xp.typing import Array, Scalar, Vectors
 
 
@@ -62,13 +62,12 @@ class DampedUpdates(ReadableOptimizer):
         assert data.curvature is not None
         assert data.curvature_size is not None
         step = estimator.multiply_inverse(data.grads)
-        last_update = None if velocity is None else scaled(-1.0, velocity)
         products = CurvatureMatrixVectorProductComputer.from_batch(self.layers, data.curvature)
         model = quadratic_model(
             products,
             data.grads,
             step,
-            last_update,
+            velocity,
             mat_type=self.mat_type,
             damping=self.damping,
             batch_size=data.curvature_size,

@@ -95,13 +95,13 @@ def quadratic_model(
     products: CurvatureMatrixVectorProductComputer,
     grads: Vectors,
     step: Vectors,
-    last_update: Vectors | None,
+    velocity: Vectors | None,
     *,
     mat_type: str,
     damping: Scalar,
     batch_size: int,
 ) -> QuadraticModel:
-    """The model of the mean loss in the plane of a step p and of the last update u.
+    """The model of the mean loss in the plane of a step p and of the last update, ``u = -v``.
 
     The curvature is the exact Fisher on this batch, or, if `mat_type` is "GGN" or
     "Empirical_Fisher", the GGN (the Fisher of losses that have none). One ``jvp`` for each of p
@@ -113,17 +113,21 @@ def quadratic_model(
         else products.multiply_ggn_or_fisher_factor_transpose
     )
     like = first_array(grads)
-    vectors = [step] if last_update is None else [step, last_update]
+    vectors = [step] if velocity is None else [step, velocity]
     images = [multiply(vector) for vector in vectors]
-    pairs = [(0, 0), (0, 1), (1, 1)] if len(vectors) == 2 else [(0, 0)]
+    # The products are those of v; u = -v changes the signs of the mixed ones.
+    pairs = [(0, 0, 1), (0, 1, -1), (1, 1, 1)] if len(vectors) == 2 else [(0, 0, 1)]
     dtype = scalar_dtype(like)
     xp = array_namespace(like)
     # Rounding of the inner products, whose rows are summed in the dtype of the vectors.
     tolerance = max(64 * float(xp.finfo(xp.float64).eps), float(xp.finfo(like.dtype).eps))
     return QuadraticModel(
-        tuple(inner_product(images[i], images[j], dtype) / batch_size for i, j in pairs),
-        tuple(inner_product(vectors[i], vectors[j], dtype) for i, j in pairs),
-        tuple(inner_product(grads, vector, dtype) for vector in vectors),
+        tuple(s * inner_product(images[i], images[j], dtype) / batch_size for i, j, s in pairs),
+        tuple(s * inner_product(vectors[i], vectors[j], dtype) for i, j, s in pairs),
+        tuple(
+            s * inner_product(grads, vector, dtype)
+            for vector, s in zip(vectors, (1, -1), strict=False)
+        ),
         as_scalar(damping, like),
         tolerance,
     )

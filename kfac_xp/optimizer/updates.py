@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kfac_xp.backend import array_namespace
+from kfac_xp.backend import array_namespace, as_scalar_like
 from kfac_xp.optimizer.info import as_scalar, first_array, scalar_dtype
 from kfac_xp.optimizer.quadratic_model import QuadraticModel
 from kfac_xp.params import inner_product, map_vectors, scaled
@@ -93,7 +93,7 @@ def qmodel_update(
     rate = 1.0 if rescale is None else float(rescale)
     new = scaled(-alpha, step)
     if velocity is not None:
-        new = map_vectors(lambda a, b: a + b, scaled(mu, velocity), new)
+        new = _accumulated(mu, velocity, new)
     change = model.change((rate * alpha, rate * along_u), change_damping)
     return Update(new, new, rate, alpha=alpha, mu=mu, qmodel_change=change)
 
@@ -147,12 +147,12 @@ def _clipped(clip: Scalar, step: Vectors, limit: float | None) -> dict[str, Para
     return dict(step) if limit is None else scaled(clip, step)
 
 
-def _accumulated(momentum: float, velocity: Vectors | None, new: Vectors) -> dict[str, Params]:
+def _accumulated(momentum: Scalar, velocity: Vectors | None, new: Vectors) -> dict[str, Params]:
     if velocity is None:
         return dict(new)
 
     def one(v: Array, p: Array) -> Array:
-        total = momentum * v
+        total = as_scalar_like(momentum, v) * v
         total += p  # an array of this function's own
         return total
 
