@@ -8,15 +8,21 @@ start, statistics in every step and inverses in every tenth, from one drawn targ
 same L2 term, float32. kfac-jax does its customary burn-in only with ``--burnin``. The library's own
 defaults hold for everything else.
 
+kfac-jax makes statistics and quadratic model of the whole batch; kfac_xp, as in the K-FAC paper, of
+a part of it: one over ``--part``, which is the example's unless given.
+
 Each run is a process of its own, held to as many cores as there are threads; the two libraries
 take turns. The clock starts after eleven steps that are thrown away, which compile, and stops while
-the loss is evaluated, by the same code for both. Needs kfac-jax and a jax older than 0.9.
+the loss is evaluated, by the same code for both. Seconds per step are the median over cycles of ten
+steps, each with one update of the inverses; seconds to a loss are iterations times that, so that
+another program's moment on the machine does not count. Needs kfac-jax and a jax older than 0.9.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -136,14 +142,18 @@ def run(side: str, task: example.Task, steps: int, seed: int, burnin: int, path:
     step, params = start_run(), start_params
     batches = example.draw_batches(images.training, task.batch_size, seed)
     evaluate(params, 0, 0.0, float("nan"))
-    seconds = 0.0
+    cycles, seconds = [], 0.0
     for i in range(1, steps + 1):
         batch = next(batches)
         start = time.perf_counter()
         params, damping = step(params, batch)
         seconds += time.perf_counter() - start
-        if i % example.EVALUATE_EVERY == 0 or i == steps:
-            evaluate(params, i, seconds, damping)
+        if i % example.EVALUATE_EVERY == 0:
+            cycles.append(seconds)
+            evaluate(params, i, sum(cycles), damping)
+            seconds = 0.0
+    per_step = statistics.median(cycles) / example.EVALUATE_EVERY
+    curve["seconds"] = [i * per_step for i in curve["steps"]]
     np.savez(path, **curve)
 
 
@@ -155,7 +165,7 @@ def in_own_process(side: str, seed: int, args: argparse.Namespace, folder: str) 
     path = Path(folder) / f"{side}-{seed}.npz"
     command = [sys.executable, __file__, "--side", side, "--seeds", str(seed), "--result", path]
     command += ["--steps", args.steps, "--threads", args.threads, "--burnin", args.burnin]
-    command += ["--damping", args.damping] + ["--small"] * args.small
+    command += ["--damping", args.damping, "--part", args.part] + ["--small"] * args.small
     limits = {
         name: str(args.threads)
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -186,8 +196,8 @@ def print_tables(results: dict[tuple[str, int], dict[str, Any]], sides: list[str
                 continue
             cells = [f"{f[0]:>12.0f}{f[1]:>9.2f}" if f else f"{'never':>12}{'':9}" for f in found]
             line = f"{level:>6}" + "".join(cells)
-            if len(found) == 2 and all(found):
-                line += f"{found[1][1] / found[0][1]:>18.2f}"  # type: ignore[index]
+            if len(found) == 2 and all(f is not None and f[1] > 0 for f in found):
+                line += f"{found[0][1] / found[1][1]:>18.2f}"  # type: ignore[index]
             print(line)
 
 
@@ -206,11 +216,12 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--burnin", type=int, default=0, help="burn-in steps of kfac-jax")
     parser.add_argument("--damping", type=float, default=example.DAMPING, help="at the start")
+    parser.add_argument("--part", type=int, default=example.CURVATURE_PART, help="of kfac_xp")
     parser.add_argument("--results", help="folder to keep the curves in, as npz files")
     parser.add_argument("--side", choices=MAKERS, help=argparse.SUPPRESS)  # of a child
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    example.DAMPING = args.damping
+    example.DAMPING, example.CURVATURE_PART = args.damping, args.part
     task = example.SMALL if args.small else example.FULL
     if args.side:
         if hasattr(os, "sched_setaffinity"):
@@ -228,6 +239,7 @@ def main() -> None:
     packages = ", ".join(f"{p} {version(p)}" for side in args.sides for p in SIDES[side])
     widths = "-".join(map(str, task.widths))
     print(f"{widths} and back, batches of {task.batch_size}, {args.threads} thread(s); {packages}")
+    print(f"kfac_xp: statistics and quadratic model of one case in {args.part}")
     print_tables(results, args.sides)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,14 +154,28 @@ def inner_product(a: Vectors, b: Vectors, dtype: Any = None) -> Array:
     Each row is summed in the arrays' own dtype, and the sums of the rows in `dtype`: that keeps the
     digits of long vectors, and makes no array of their size.
     """
+    return inner_products([a, b], [(0, 1)], dtype)[0]
 
-    def product(x: Array, y: Array) -> Array:
-        xp = array_namespace(x, y)
-        rows = xp.vecdot(x, y) if x.ndim else x * y
-        return xp.sum(rows if dtype is None else cast(rows, dtype))
 
-    products = map_vectors(product, a, b)
-    return sum(p for layer in products.values() for p in as_arrays(layer))
+def inner_products(
+    vectors: Sequence[Vectors], pairs: Sequence[tuple[int, int]], dtype: Any = None
+) -> list[Array]:
+    """`inner_product` of several pairs of vectors, given by their numbers.
+
+    One parameter after another, so that an array is read once while it is near.
+    """
+    totals: list[Any] = [0] * len(pairs)
+    for name in vectors[0]:
+        for arrays in zip(*(as_arrays(v[name]) for v in vectors), strict=True):
+            for k, (i, j) in enumerate(pairs):
+                totals[k] = totals[k] + _dot(arrays[i], arrays[j], dtype)
+    return totals
+
+
+def _dot(x: Array, y: Array, dtype: Any) -> Array:
+    xp = array_namespace(x, y)
+    rows = xp.vecdot(x, y) if x.ndim else x * y
+    return xp.sum(rows if dtype is None else cast(rows, dtype))
 
 
 def vectors_to_flat(vectors: Vectors) -> Array:

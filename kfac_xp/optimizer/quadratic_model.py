@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kfac_xp.backend import array_namespace
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.optimizer.info import as_scalar, first_array, scalar_dtype
-from kfac_xp.params import inner_product
+from kfac_xp.params import inner_products
 from kfac_xp.typing import Array, Scalar, Vectors
 
 
@@ -116,18 +116,19 @@ def quadratic_model(
     vectors = [step] if velocity is None else [step, velocity]
     images = [multiply(vector) for vector in vectors]
     # The products are those of v; u = -v changes the signs of the mixed ones.
-    pairs = [(0, 0, 1), (0, 1, -1), (1, 1, 1)] if len(vectors) == 2 else [(0, 0, 1)]
+    pairs = [(0, 0), (0, 1), (1, 1)][: 2 * len(vectors) - 1]
+    signs = (1, -1, 1)
     dtype = scalar_dtype(like)
     xp = array_namespace(like)
     # Rounding of the inner products, whose rows are summed in the dtype of the vectors.
     tolerance = max(64 * float(xp.finfo(xp.float64).eps), float(xp.finfo(like.dtype).eps))
+    curvature = inner_products(images, pairs, dtype)
+    with_grads = [(len(vectors), i) for i in range(len(vectors))]
+    entries = inner_products([*vectors, grads], [*pairs, *with_grads], dtype)
     return QuadraticModel(
-        tuple(s * inner_product(images[i], images[j], dtype) / batch_size for i, j, s in pairs),
-        tuple(s * inner_product(vectors[i], vectors[j], dtype) for i, j, s in pairs),
-        tuple(
-            s * inner_product(grads, vector, dtype)
-            for vector, s in zip(vectors, (1, -1), strict=False)
-        ),
+        tuple(s * x / batch_size for s, x in zip(signs, curvature, strict=False)),
+        tuple(s * x for s, x in zip(signs, entries[: len(pairs)], strict=False)),
+        tuple(s * x for s, x in zip(signs, entries[len(pairs) :], strict=False)),
         as_scalar(damping, like),
         tolerance,
     )

@@ -232,7 +232,7 @@ class Dense(Representation):
                 damping = dampings[request]
                 inverse = linalg.psd_inv(cov, damping, self.options.posdef_inv_method)
                 arrays[request] = inverse
-                condition = linalg.one_norm(linalg.add_to_diagonal(cov, damping))
+                condition = linalg.one_norm(cov) + damping  # the diagonal is not negative
                 checks.append(
                     (
                         linalg.inverse_residual(cov, inverse, damping),
