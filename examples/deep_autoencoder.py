@@ -47,7 +47,7 @@ L2 = 1e-5
 # Of K-FAC, at the start. From the paper's 150 it falls as fast as it may, to 0.1 after some 140
 # iterations, and only then is the loss low. Starts at 5, 0.5 and 0.02 train well, too (kfac-jax).
 DAMPING = 0.1
-CURVATURE_PART = 5  # statistics and quadratic model are made of a fifth of each batch
+CURVATURE_PART = 4  # statistics and quadratic model are made of a quarter of each batch
 NUM_EVALUATED = 2000  # of the training images
 NUM_HELD_OUT = 1000  # for the reconstruction error
 EVALUATE_EVERY = 10

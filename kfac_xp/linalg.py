@@ -28,9 +28,14 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     """
     xp = array_namespace(x)
     n = x.shape[0] if normalizer is None else normalizer
+    scale_rows = y is None and 0 < x.shape[0] < x.shape[1]  # the smaller array is divided
+    if scale_rows:
+        x, n = x * float(n) ** -0.5, 1
     # Both operands are the same buffer, so that NumPy's matmul takes the symmetric rank-k update:
     # half the work of a general product.
-    cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y) / n
+    cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
+    if not scale_rows:
+        cov = cov / n
     # That update writes one triangle and copies it, so its result is exactly symmetric.
     return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
 

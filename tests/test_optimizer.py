@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from kfac_xp.linearized_batch import LinearizedBatch
 from tests.cases import assert_close, load, to_numpy
 from tests.models import TanhNet
 from tests.test_estimator import random_tanh_net, tanh_layers, tanh_net_arrays
@@ -859,3 +860,40 @@ class TestBadInput:
             adaptive.step(params, net, targets, loss_fn=lambda p: np.zeros(3))
         for optimizer in (by_model, adaptive):
             assert optimizer.counter == optimizer.estimator.num_cov_updates == 0
+
+
+@pytest.mark.parametrize("momentum_type", ["regular", "qmodel"])
+def test_curvature_from_a_part_of_the_batch(xp, rng, momentum_type):
+    """As if the part were the batch, but for the gradient, which is that of the whole."""
+    params, x, targets = random_tanh_net(xp, rng)
+    settings = {"learning_rate": 0.1 if momentum_type == "regular" else None, "damping": 0.1}
+    settings |= {"momentum_type": momentum_type, "estimation_mode": "exact", "invert_every": 1}
+    by_part, by_hand = (kfac_xp.KfacOptimizer(tanh_layers(params), **settings) for _ in range(2))
+    here = there = params
+    for _ in range(3):
+        whole = LinearizedBatch(by_hand.layers, TanhNet(there, x), targets)
+        total, _ = whole.vjp(whole.data_cotangents())
+        grads = {n: tuple(g / x.shape[0] for g in pair) for n, pair in total.items()}
+        part = TanhNet(here, x[:4, :])
+        here, _ = by_part.step(here, TanhNet(here, x), targets, curvature_net=part)
+        there, _ = by_hand.step(there, TanhNet(there, x[:4, :]), targets[:4], grads=grads)
+        for name, pair in here.items():
+            for a, b in zip(pair, there[name], strict=True):
+                assert_close(a, to_numpy(b), 1e-12)
+    with pytest.raises(ValueError, match="`curvature_net` is part of the batch of `net`"):
+        by_part.step(here, statistics={}, grads=grads, curvature_net=part)
+
+
+def test_the_empirical_mode_needs_the_targets_of_the_part(rng):
+    params, x, targets = random_tanh_net(np, rng)
+    optimizer = kfac_xp.KfacOptimizer(tanh_layers(params), 0.1, 0.1, estimation_mode="empirical")
+    part = TanhNet(params, x[:4])
+    with pytest.raises(ValueError, match="`targets` must be given"):
+        optimizer.step(params, TanhNet(params, x), targets, curvature_net=part)
+    optimizer.step(
+        params, TanhNet(params, x), targets, curvature_net=part, curvature_targets=targets[:4]
+    )
+    alone = kfac_xp.FisherEstimator(tanh_layers(params), 0.1, estimation_mode="empirical")
+    alone.update_cov(part, targets[:4])
+    for a, b in zip(optimizer.factors, alone.factors, strict=True):
+        assert np.array_equal(a.cov, b.cov)

@@ -60,6 +60,10 @@ class FisherBlock(abc.ABC):
 
     # ------------------------------------------------------------------ towers and factors
 
+    @abc.abstractmethod
+    def register_additional_tower(self, *data: Any) -> None:
+        """Add one shard of the batch: inputs and outputs, or for generic parameters its size."""
+
     @property
     @abc.abstractmethod
     def num_registered_towers(self) -> int:

@@ -251,7 +251,7 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         if self.use_sua_approx_for_input_factor:
             self.input_factor = self._factor(
-                "input", ConvInputSUAKroneckerFactor, inputs, self.filter_shape, self.has_bias
+                "input", ConvInputSUAKroneckerFactor, inputs, self._input_filter, self.has_bias
             )
         else:
             self.input_factor = self._input_factor(inputs)
@@ -272,7 +272,7 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
         """What the constructor of the input factor takes after the inputs."""
         geometry = self.geometry
         return (
-            self.filter_shape,
+            self._input_filter,
             geometry.padding,
             geometry.strides,
             geometry.dilation,
@@ -280,6 +280,11 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
             None,
             self.has_bias,
         )
+
+    @property
+    def _input_filter(self) -> tuple[int, ...]:
+        """The filter's shape for the input factor, which is the same for any number of outputs."""
+        return (*self.filter_shape[:-1], 1)
 
 
 class ConvDiagonalFB(LayerFactorFB, Convolution, DiagonalFB):
