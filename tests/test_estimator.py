@@ -422,6 +422,7 @@ def test_a_body_that_raises_leaves_the_estimator_as_it_was(rng):
         estimator.update_inverses()
 
 
+@pytest.mark.more
 def test_modes_need_no_more_backward_passes_than_sources(xp, rng):
     params, x, _ = random_tanh_net(xp, rng)
     net = TanhNet(params, x)
@@ -429,6 +430,7 @@ def test_modes_need_no_more_backward_passes_than_sources(xp, rng):
     assert net.num_vjp == 1
 
 
+@pytest.mark.more
 def test_draws_do_not_depend_on_how_a_batch_is_split(xp, rng):
     params, x, _ = random_tanh_net(xp, rng)
     whole, halves = (kfac_xp.FisherEstimator(tanh_layers(params), 0.1, seed=5) for _ in range(2))
@@ -478,6 +480,7 @@ def test_statistics_from_arrays_are_those_of_the_model(xp, rng):
         assert_close(b.cov, to_numpy(a.cov), 1e-14, a.name)
 
 
+@pytest.mark.more
 def test_damping_is_a_number_an_array_or_a_function(xp, rng):
     params, x, _ = random_tanh_net(xp, rng)
     results = []

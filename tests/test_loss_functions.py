@@ -304,6 +304,7 @@ def test_mean_and_variance_over_towers(rng):
     assert_close(data, 4 * flat(cls(mean, variance, targets).gradient()), 1e-14)
 
 
+@pytest.mark.more
 @ALL
 def test_extreme_inputs(xp, name):
     """No overflow where the loss itself is finite."""
@@ -331,6 +332,7 @@ def test_extreme_inputs(xp, name):
         assert all(np.isfinite(to_numpy(x)).all() for x in as_arrays(result))
 
 
+@pytest.mark.more
 def test_bad_input(xp):
     logits = xp.zeros((2, 3))
     categorical, onehot, normal, mean_variance, bernoulli = CLASSES.values()

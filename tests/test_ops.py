@@ -60,9 +60,9 @@ OPTIONS = list(itertools.product([False, True], repeat=2))
 
 # What the libraries without kernels are tried on: each feature once.
 SOME_GEOMETRIES = [
-    "1d-asymmetric-dilated",
-    "2d",
-    "2d-valid",
+    pytest.param("1d-asymmetric-dilated", marks=pytest.mark.more),
+    pytest.param("2d", marks=pytest.mark.more),
+    pytest.param("2d-valid", marks=pytest.mark.more),
     "2d-asymmetric",
     "2d-one-pixel",
     "2d-no-location",

@@ -485,6 +485,7 @@ def test_towers_give_the_same_step_as_the_whole_batch(xp, rng):
     assert info.loss.shape == ()
 
 
+@pytest.mark.more
 def test_statistics_and_gradient_in_place_of_a_model(xp, rng):
     params, x, targets = random_tanh_net(xp, rng)
     net = TanhNet(params, x)
@@ -540,6 +541,7 @@ def test_schedules(rng):
     assert updated == [True, False, False, True, False]
 
 
+@pytest.mark.more
 def test_float32_stays_float32_and_arguments_are_not_written(xp, rng):
     params, x, targets = random_tanh_net(np, rng)
     params = {
@@ -862,6 +864,7 @@ class TestBadInput:
             assert optimizer.counter == optimizer.estimator.num_cov_updates == 0
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("momentum_type", ["regular", "qmodel"])
 def test_curvature_from_a_part_of_the_batch(xp, rng, momentum_type):
     """As if the part were the batch, but for the gradient, which is that of the whole."""

@@ -159,6 +159,7 @@ def test_no_graph_to_search():
         kfac_xp.LayerCollection().auto_register_layers()
 
 
+@pytest.mark.more
 def test_small_tools(xp, rng):
     average = kfac_xp.MovingAverageVariable(xp.zeros((2,)))
     for value in ([1.0, 2.0], [3.0, 6.0]):

@@ -232,6 +232,7 @@ def test_the_report(capsys):
         layers.check_registration(params, left_out={"fc": "twice"})
 
 
+@pytest.mark.more
 def test_losses_of_a_batch(xp, rng):
     layers = kfac_xp.LayerCollection()
     layers.register_squared_error_loss("a", 4.0)

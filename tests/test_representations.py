@@ -48,6 +48,7 @@ def test_a_rank_one_factor_without_damping_climbs_and_is_finite(xp, rng):
     assert inverse.dtype == np.float32
 
 
+@pytest.mark.more
 def test_an_indefinite_matrix_is_clipped(xp, rng):
     """What Cholesky refuses, whatever the jitter and the precision."""
     vectors = np.linalg.qr(rng.normal(size=(6, 6)))[0]

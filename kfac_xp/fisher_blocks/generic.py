@@ -33,7 +33,7 @@ class _NaiveFB(FisherBlock):
         self._shapes = param_shapes(params)
         self._batch_sizes: list[int | None] = []
 
-    def register_additional_tower(self, batch_size: int | None) -> None:  # type: ignore[override]
+    def register_additional_tower(self, batch_size: int | None) -> None:
         """Add one shard of the batch: its number of cases, or None if that is yet to come."""
         self._batch_sizes.append(batch_size)
 

@@ -31,7 +31,7 @@ class InputOutputMultiTower(FisherBlock):
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
 
-    def register_additional_tower(self, inputs: Any, outputs: Any) -> None:  # type: ignore[override]
+    def register_additional_tower(self, inputs: Any, outputs: Any) -> None:
         """Add one shard of the batch: the layer's inputs and preactivations, or placeholders."""
         self._inputs.append(inputs)
         self._outputs.append(outputs)
