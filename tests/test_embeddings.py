@@ -160,6 +160,30 @@ def test_sparse_rows_where_they_do_not_stay_sparse(xp, rng):
     )
 
 
+def test_approximations_of_embeddings(xp):
+    layers = kfac_xp.LayerCollection()
+    for register, approx, exact in (
+        (layers.register_fully_connected, None, "'kron_in_diag', 'kron_both_diag'"),
+        (layers.register_fully_connected, "diagonal", "'kron_in_diag', 'kron_both_diag'"),
+        (layers.register_fully_connected_multi, "kron_series_1", "'kron_indep_in_diag'"),
+    ):
+        with pytest.raises(ValueError, match=rf"exact for class ids: \[{exact}.*; got '"):
+            register("words", xp.zeros((5, 2)), approx=approx, dense_inputs=False)
+    with pytest.raises(ValueError, match="with class ids as inputs there is no bias"):
+        layers.register_fully_connected(
+            "words", (xp.zeros((5, 2)), xp.zeros((2,))), "kron_in_diag", dense_inputs=False
+        )
+    assert layers.registered_variables == []
+    block = layers.register_fully_connected_multi(
+        "words", xp.zeros((5, 2), dtype=xp.float64), 2, "kron_indep_in_diag", dense_inputs=False
+    )
+    estimator = kfac_xp.FisherEstimator(layers, 0.1)
+    ids, grads = as_ids(xp, [[0, 1, 1], [4, 1, 0]]), xp.ones((2, 3, 2), dtype=xp.float64)
+    estimator.update_cov({"words": (ids, grads)}, ema_decay=0.9)
+    assert_close(block.input_factor.cov, np.array([2, 3, 0, 0, 1]) / 6, 1e-15)
+    assert block.renorm_coeff == 2
+
+
 def test_training_an_embedding_with_sparse_gradients(rng):
     """The optimizer takes them, and goes where the dense gradient leads."""
     ids, grads = rng.integers(0, 6, size=9), rng.normal(size=(9, 2))

@@ -53,3 +53,41 @@ def test_the_residual_tells_a_failed_inverse(xp, rng):
     inverse = linalg.psd_inv(matrix, 0.1)
     assert float(linalg.inverse_residual(matrix, inverse, 0.1)) < 1e-10
     assert float(linalg.inverse_residual(matrix, 1.1 * inverse, 0.1)) > 0.05
+
+
+@pytest.mark.parametrize("with_scipy", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_inverses_of_numpy_arrays(rng, monkeypatch, with_scipy, dtype):
+    """LAPACK's through SciPy, or from matrix products: the same, and exactly symmetric."""
+    if with_scipy:
+        pytest.importorskip("scipy", reason="SciPy is not installed")
+    else:
+        monkeypatch.setattr(linalg, "find_spec", lambda name: None)
+        linalg._triangular_solver.cache_clear()
+    for n in (1, 64, 65, 300):
+        x = rng.normal(size=(2 * n, n)).astype(dtype)
+        cov = x.T @ x / (2 * n)
+        before = cov.copy()
+        inverse = linalg.psd_inv(cov, 0.1)
+        assert inverse.dtype == cov.dtype
+        assert np.array_equal(inverse, inverse.T)
+        assert np.array_equal(cov, before)
+        exact = np.linalg.inv(cov.astype(np.float64) + 0.1 * np.eye(n))
+        assert_close(inverse, exact, 1e-11 if dtype == "float64" else 2e-5)
+        lower = np.linalg.cholesky(cov + np.eye(n, dtype=dtype))
+        assert_close(
+            linalg.inverse_lower(lower) @ lower, np.eye(n), 1e-11 if dtype == "float64" else 2e-5
+        )
+    indefinite = np.diag(np.array([1.0, -1.0, 2.0], dtype=dtype))
+    assert np.isnan(linalg.psd_inv(indefinite, 0.1)).all()
+    linalg._triangular_solver.cache_clear()
+
+
+def test_covariances_are_exactly_symmetric(rng):
+    """Whatever the layout of the rows: the library does not symmetrise NumPy's result."""
+    x = rng.normal(size=(60, 80)).astype(np.float32)
+    for rows in (x, x[:, ::2], x[::2], x.T, np.asfortranarray(x), x[:, 1:41], x[:7]):
+        cov = linalg.compute_cov(rows)
+        assert np.array_equal(cov, cov.T)
+        exact = rows.astype(np.float64)
+        assert_close(cov, exact.T @ exact / len(rows), 1e-5)

@@ -12,7 +12,11 @@ from kfac_xp.backend import array_namespace, device_of, require_one_place
 from kfac_xp.batches import Placeholder
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.geometry import Padding
-from kfac_xp.layer_collection.approximations import Defaults, require_approximation
+from kfac_xp.layer_collection.approximations import (
+    APPROXIMATIONS,
+    Defaults,
+    require_approximation,
+)
 from kfac_xp.layer_collection.report import RegisteredLayer
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import as_arrays, param_shapes
@@ -570,10 +574,13 @@ class LayerRegistry:
         maker = self._maker(kind, name, approx)
         d_in, d_out = kernel.shape[-2:]
         is_ids = arguments.get("one_hot_depth") is not None
-        if is_ids and kind == "fully_connected" and approx == "diagonal":
+        chosen, _, fixed = maker
+        if is_ids and not fixed.get("diagonal_approx_for_input"):
+            table = APPROXIMATIONS[kind].items()
+            exact = [n for n, (_, a) in table if a.get("diagonal_approx_for_input")]
             raise ValueError(
-                f"`approx` of the embedding {name!r} must have a diagonal input factor, such as "
-                "'kron_in_diag'; got 'diagonal'."
+                f"`approx` of the embedding {name!r} must be one with a diagonal input factor, "
+                f"which is exact for class ids: {exact}; got {chosen!r}."
             )
         if inputs_of is None:
             inputs = self._placeholder(leading if is_ids else (*leading, d_in), kernel)
