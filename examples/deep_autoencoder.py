@@ -415,7 +415,7 @@ def draw(
             axes.axhline(curves["adam"].losses[-1], color="grey", lw=0.8, ls="--", zorder=0)
     left.set(xlabel="iteration", ylabel="training loss above the entropy (nats)")
     right.set(xlabel="training time (seconds)")
-    left.legend(fontsize="small")
+    right.legend(fontsize="small")
     strip = figure.add_subplot(grid[1, :])
     rows = [images.held_out, *(c.reconstructions for c in curves.values())]
     pixels = np.stack([r[:columns].reshape(-1, SIDE, SIDE) for r in rows])
@@ -428,7 +428,7 @@ def draw(
         f"Autoencoder {widths} and back, {len(images.training)} images in batches of "
         f"{task.batch_size}"
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

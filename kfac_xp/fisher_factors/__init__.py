@@ -4,7 +4,6 @@ from kfac_xp.fisher_factors.base import FisherFactor, refresh_factors
 from kfac_xp.fisher_factors.convolution import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
-    ConvInputSUAKroneckerFactor,
     ConvOutputKroneckerFactor,
 )
 from kfac_xp.fisher_factors.forms import (
@@ -29,6 +28,7 @@ from kfac_xp.fisher_factors.scale_and_shift import (
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
 )
+from kfac_xp.fisher_factors.spatially_uncorrelated import ConvInputSUAKroneckerFactor
 
 __all__ = [
     "ConvDiagonalFactor",

@@ -16,12 +16,10 @@ from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
 from kfac_xp.moments import (
     ConvDiagonalMoment,
     ConvInputMoment,
-    ConvInputSUAMoment,
     ConvOutputMoment,
 )
 from kfac_xp.options import FactorOptions
 from kfac_xp.randomness import Generator, as_generator, subset
-from kfac_xp.representations import SpatiallyUncorrelated
 from kfac_xp.typing import Array, Sources, Towers
 
 
@@ -100,7 +98,7 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         geometry = ConvGeometry.create(kernel, strides, padding, dilation_rate)
         require_extract_patches_fn(extract_patches_fn, geometry)
         data = {"inputs": [as_towers("inputs", inputs)]}
-        _require_images("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
+        require_images_of("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
         moment = ConvInputMoment(geometry, c_in, bool(has_bias))
         given = {
             key: value
@@ -162,92 +160,6 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         require_locations(name, x, moment.geometry)
 
     moment: ConvInputMoment
-
-
-class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
-    """Kronecker factor for the input side of a convolution, with uncorrelated pixels.
-
-    KFC's "spatially uncorrelated activations": pixels at different positions are taken to be
-    uncorrelated, so that the second moment of a patch follows from the covariance and the mean of
-    the channels, estimated over all cases and input positions (padding and strides play no role):
-
-        F = kron(I_J, cov) + h h^T,   h = kron(ones(J), mu)  (and a final 1 for a bias)
-
-    with J taps. Rows and columns are in the order of the kernel's rows, taps first. The covariance
-    is centred batch by batch; `cov` and `mu` are averaged alike. It serves powers 1 and -1, the
-    inverse by the Sherman-Morrison formula, and no Cholesky factors.
-
-    Parameters
-    ----------
-    inputs : arrays of shape [N, *space, C_in]
-        List index is tower.
-    filter_shape
-        ``(*kernel, C_in, C_out)``.
-    has_bias
-        Append a row and column for the bias.
-    **options
-        Fields of `FactorOptions`, and ``name``. With `assume_zero_mean_activations`, h is left out
-        (and the bias's entry is the damping alone).
-
-    Raises
-    ------
-    ValueError
-        If the inputs do not have the filter's axes and channels, or a power is not 1 or -1.
-    NotImplementedError
-        If a Cholesky factor is asked for.
-
-    References
-    ----------
-    Grosse and Martens (2016), arXiv:1602.01407, section 4.2, theorem 4 and equation 35.
-    """
-
-    data_names = ("inputs",)
-    representation = SpatiallyUncorrelated
-    _powers: SpatiallyUncorrelated
-
-    def __init__(
-        self,
-        inputs: Towers,
-        filter_shape: Sequence[int],
-        has_bias: bool = False,
-        *,
-        name: str | None = None,
-        **options: Any,
-    ) -> None:
-        *kernel, c_in, _ = filter_shape
-        self.geometry = ConvGeometry.create(kernel)
-        self.has_bias = bool(has_bias)
-        data = {"inputs": [as_towers("inputs", inputs)]}
-        _require_images("inputs[0]", example_of(data["inputs"]), self.geometry, c_in, filter_shape)
-        moment = ConvInputSUAMoment(c_in)
-        super().__init__(moment, data, FactorOptions().changed(**options), name)
-
-    @property
-    def mu(self) -> Array:
-        """The mean of the channels, shape [C_in, 1]; not used if it is assumed to be zero."""
-        return self._value()[:, -1:]
-
-    def compute_new_cov(self, **data: Any) -> Array:
-        """The centred covariance of the channels and, as the last column, their mean."""
-        moment = super().compute_new_cov(**data)
-        xp, options = array_namespace(moment), self.options
-        second, mean = moment[:, :-1], moment[:, -1:]
-        if not options.assume_zero_mean_activations or options.subtract_mean_contrib_from_cov:
-            second = second - mean * xp.matrix_transpose(mean)
-        return xp.concat([second, mean], axis=1)
-
-    def _make_powers(self, options: FactorOptions) -> SpatiallyUncorrelated:
-        channels, taps = self.moment.in_channels, self.geometry.num_taps
-        return SpatiallyUncorrelated(options, channels, taps, self.has_bias)
-
-    def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Array, ...]]]:
-        xs = towers_of("inputs", inputs)
-        shape = images_shape(self.geometry.num_axes, self.moment.in_channels)
-        for t, x in enumerate(xs):
-            self._require(f"inputs[{t}]", x, shape, "with the channels of the filter")
-        yield [(x,) for x in xs]
-
-    moment: ConvInputSUAMoment
 
 
 class ConvOutputKroneckerFactor(InverseProvidingFactor):
@@ -375,8 +287,8 @@ class ConvDiagonalFactor(DiagonalFactor):
             "inputs": [as_towers("inputs", inputs)],
             "outputs_grads": bind("outputs_grads", outputs_grads),
         }
-        _require_images("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
-        _require_images(
+        require_images_of("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
+        require_images_of(
             "outputs_grads[0][0]", example_of(data["outputs_grads"]), geometry, c_out, filter_shape
         )
         moment = ConvDiagonalMoment(geometry, c_in, c_out, bool(has_bias))
@@ -456,9 +368,10 @@ def require_extract_patches_fn(name: str | None, geometry: ConvGeometry) -> None
         )
 
 
-def _require_images(
+def require_images_of(
     name: str, example: Any, geometry: ConvGeometry, channels: int, filter_shape: Sequence[int]
 ) -> None:
+    """Refuse an example whose axes or channels are not those of the filter."""
     if example.ndim != geometry.num_axes + 2 or example.shape[-1] not in (channels, None):
         pattern = ", ".join(map(str, images_shape(geometry.num_axes, channels)))
         raise ValueError(

@@ -109,3 +109,105 @@ def require_approximation(name: str, kind: str, value: Any) -> Maker:
             f"got {value!r}."
         )
     return table[value]
+
+
+class ApproximationChoices:
+    """Which approximation a layer gets: the one asked for, the one linked to it, or a default."""
+
+    _blocks: dict[str, FisherBlock]
+
+    def __init__(self) -> None:
+        self._linked: dict[str, str | None] = {}
+        self._defaults = Defaults()
+
+    def define_linked_parameters(self, name: str, approximation: str | None = None) -> None:
+        """Say in advance how the layer of this name is approximated.
+
+        Registering it with ``approx=None`` then takes this approximation in place of the default.
+
+        Raises
+        ------
+        ValueError
+            If the layer is registered already, or linked to another approximation.
+        """
+        if name in self._blocks:
+            raise ValueError(
+                f"layer {name!r} is registered already; link it before, or pass `approx`."
+            )
+        if self._linked.get(name, approximation) != approximation:
+            raise ValueError(
+                f"layer {name!r} is already linked to {self._linked[name]!r}; got "
+                f"{approximation!r}."
+            )
+        self._linked[name] = approximation
+
+    @property
+    def linked_parameters(self) -> dict[str, str | None]:
+        """``{layer name: approximation}`` as given to `define_linked_parameters`."""
+        return dict(self._linked)
+
+    @property
+    def default_generic_approximation(self) -> str:
+        """Approximation of parameters registered by `register_generic`."""
+        return self._defaults.get("generic")
+
+    def set_default_generic_approximation(self, value: str) -> None:
+        """Change `default_generic_approximation`."""
+        self._defaults.set("generic", value)
+
+    @property
+    def default_fully_connected_approximation(self) -> str:
+        """Approximation of dense layers."""
+        return self._defaults.get("fully_connected")
+
+    def set_default_fully_connected_approximation(self, value: str) -> None:
+        """Change `default_fully_connected_approximation`."""
+        self._defaults.set("fully_connected", value)
+
+    @property
+    def default_conv2d_approximation(self) -> str:
+        """Approximation of convolutions over any number of axes."""
+        return self._defaults.get("conv2d")
+
+    def set_default_conv2d_approximation(self, value: str) -> None:
+        """Change `default_conv2d_approximation`."""
+        self._defaults.set("conv2d", value)
+
+    @property
+    def default_fully_connected_multi_approximation(self) -> str:
+        """Approximation of dense layers that are used several times."""
+        return self._defaults.get("fully_connected_multi")
+
+    def set_default_fully_connected_multi_approximation(self, value: str) -> None:
+        """Change `default_fully_connected_multi_approximation`."""
+        self._defaults.set("fully_connected_multi", value)
+
+    @property
+    def default_conv2d_multi_approximation(self) -> str:
+        """Approximation of convolutions that are used several times."""
+        return self._defaults.get("conv2d_multi")
+
+    def set_default_conv2d_multi_approximation(self, value: str) -> None:
+        """Change `default_conv2d_multi_approximation`."""
+        self._defaults.set("conv2d_multi", value)
+
+    @property
+    def default_scale_and_shift_approximation(self) -> str:
+        """Approximation of scales and shifts."""
+        return self._defaults.get("scale_and_shift")
+
+    def set_default_scale_and_shift_approximation(self, value: str) -> None:
+        """Change `default_scale_and_shift_approximation`."""
+        self._defaults.set("scale_and_shift", value)
+
+    def _approximation(self, kind: str, name: str, approx: str | None) -> str:
+        """The approximation asked for, else the linked one, else the default."""
+        if approx is None:
+            approx = self._linked.get(name)
+        approx = self._defaults.get(kind) if approx is None else approx
+        require_approximation("approx", kind, approx)
+        return approx
+
+    def _maker(self, kind: str, name: str, approx: str | None) -> tuple[str, Any, Any]:
+        chosen = self._approximation(kind, name, approx)
+        return chosen, *require_approximation("approx", kind, chosen)

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
-from kfac_xp.backend import array_namespace, device_of, require_one_place
-from kfac_xp.batches import Placeholder
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.geometry import Padding
-from kfac_xp.layer_collection.approximations import (
-    APPROXIMATIONS,
-    Defaults,
-    require_approximation,
-)
-from kfac_xp.layer_collection.report import RegisteredLayer
-from kfac_xp.options import FactorOptions
+from kfac_xp.layer_collection.entries import LayerEntries
 from kfac_xp.params import as_arrays, param_shapes
 from kfac_xp.randomness import Generator
 from kfac_xp.typing import Array, Params
 
 
-class LayerRegistry:
+class LayerRegistry(LayerEntries):
     """Registers layers: one block for each."""
-
-    options: FactorOptions
-
-    def __init__(self) -> None:
-        self._blocks: dict[str, FisherBlock] = {}
-        self._layers: dict[str, RegisteredLayer] = {}
-        self._inputs: dict[str, Placeholder] = {}
-        self._linked: dict[str, str | None] = {}
-        self._owners: dict[int, tuple[str, Callable[[], Any]]] = {}
-        self._defaults = Defaults()
 
     # ------------------------------------------------------------------ dense layers
 
@@ -418,92 +398,7 @@ class LayerRegistry:
             "call `check_registration(params)`, which reports every parameter."
         )
 
-    # ------------------------------------------------------------------ approximations
-
-    def define_linked_parameters(self, name: str, approximation: str | None = None) -> None:
-        """Say in advance how the layer of this name is approximated.
-
-        Registering it with ``approx=None`` then takes this approximation in place of the default.
-
-        Raises
-        ------
-        ValueError
-            If the layer is registered already, or linked to another approximation.
-        """
-        if name in self._blocks:
-            raise ValueError(
-                f"layer {name!r} is registered already; link it before, or pass `approx`."
-            )
-        if self._linked.get(name, approximation) != approximation:
-            raise ValueError(
-                f"layer {name!r} is already linked to {self._linked[name]!r}; got "
-                f"{approximation!r}."
-            )
-        self._linked[name] = approximation
-
-    @property
-    def linked_parameters(self) -> dict[str, str | None]:
-        """``{layer name: approximation}`` as given to `define_linked_parameters`."""
-        return dict(self._linked)
-
-    @property
-    def default_generic_approximation(self) -> str:
-        """Approximation of parameters registered by `register_generic`."""
-        return self._defaults.get("generic")
-
-    def set_default_generic_approximation(self, value: str) -> None:
-        """Change `default_generic_approximation`."""
-        self._defaults.set("generic", value)
-
-    @property
-    def default_fully_connected_approximation(self) -> str:
-        """Approximation of dense layers."""
-        return self._defaults.get("fully_connected")
-
-    def set_default_fully_connected_approximation(self, value: str) -> None:
-        """Change `default_fully_connected_approximation`."""
-        self._defaults.set("fully_connected", value)
-
-    @property
-    def default_conv2d_approximation(self) -> str:
-        """Approximation of convolutions over any number of axes."""
-        return self._defaults.get("conv2d")
-
-    def set_default_conv2d_approximation(self, value: str) -> None:
-        """Change `default_conv2d_approximation`."""
-        self._defaults.set("conv2d", value)
-
-    @property
-    def default_fully_connected_multi_approximation(self) -> str:
-        """Approximation of dense layers that are used several times."""
-        return self._defaults.get("fully_connected_multi")
-
-    def set_default_fully_connected_multi_approximation(self, value: str) -> None:
-        """Change `default_fully_connected_multi_approximation`."""
-        self._defaults.set("fully_connected_multi", value)
-
-    @property
-    def default_conv2d_multi_approximation(self) -> str:
-        """Approximation of convolutions that are used several times."""
-        return self._defaults.get("conv2d_multi")
-
-    def set_default_conv2d_multi_approximation(self, value: str) -> None:
-        """Change `default_conv2d_multi_approximation`."""
-        self._defaults.set("conv2d_multi", value)
-
-    @property
-    def default_scale_and_shift_approximation(self) -> str:
-        """Approximation of scales and shifts."""
-        return self._defaults.get("scale_and_shift")
-
-    def set_default_scale_and_shift_approximation(self, value: str) -> None:
-        """Change `default_scale_and_shift_approximation`."""
-        self._defaults.set("scale_and_shift", value)
-
     # ------------------------------------------------------------------ helpers
-
-    def _require_open(self) -> None:
-        raise NotImplementedError
 
     def _register_convolution(
         self,
@@ -555,173 +450,6 @@ class LayerRegistry:
         return self._register(
             kind, name, params, approx, arguments, kernel, leading, inputs_of, reuse
         )
-
-    def _register(
-        self,
-        kind: str,
-        name: str,
-        params: Params,
-        approx: str | None,
-        arguments: dict[str, Any],
-        kernel: Array,
-        leading: tuple[None, ...],
-        inputs_of: str | None,
-        reuse: bool,
-        *,
-        outputs: int | None = None,
-    ) -> FisherBlock:
-        """Make the block of a layer with a kernel, with placeholders for its data."""
-        maker = self._maker(kind, name, approx)
-        d_in, d_out = kernel.shape[-2:]
-        is_ids = arguments.get("one_hot_depth") is not None
-        chosen, _, fixed = maker
-        if is_ids and not fixed.get("diagonal_approx_for_input"):
-            table = APPROXIMATIONS[kind].items()
-            exact = [n for n, (_, a) in table if a.get("diagonal_approx_for_input")]
-            raise ValueError(
-                f"`approx` of the embedding {name!r} must be one with a diagonal input factor, "
-                f"which is exact for class ids: {exact}; got {chosen!r}."
-            )
-        if inputs_of is None:
-            inputs = self._placeholder(leading if is_ids else (*leading, d_in), kernel)
-        else:
-            inputs = self._inputs_of(inputs_of)
-        grads = self._placeholder((*leading, d_out if outputs is None else outputs), kernel)
-        uses = arguments.get("num_uses", 1)
-        block = self._enter(maker, name, params, arguments, inputs, grads, uses, reuse)
-        if inputs_of is not None:
-            self._require_shared_input(name, inputs_of)
-        return block
-
-    def _enter(
-        self,
-        maker: tuple[str, Any, Any],
-        name: str,
-        params: Params,
-        arguments: dict[str, Any],
-        inputs: Placeholder | None,
-        grads: Placeholder | None,
-        uses: float | None,
-        reuse: bool,
-    ) -> FisherBlock:
-        approx, cls, fixed = maker
-        block: Any = cls(self, **arguments, **fixed, name=name)
-        if reuse:
-            block = self._reused(name, params, cls, approx)
-            entry = self._layers[name]
-            entry.uses = None if None in (uses, entry.uses) else (uses or 0) + (entry.uses or 0)
-        else:
-            self._blocks[name] = block
-            self._layers[name] = RegisteredLayer(
-                name, param_shapes(params), cls.__name__, approx, uses
-            )
-            self._own(name, params)
-        if inputs is None:
-            block.register_additional_tower(None)
-        else:
-            self._inputs[name] = inputs
-            block.register_additional_tower(inputs, grads)
-        return block
-
-    def _reused(self, name: str, params: Params, cls: type, approx: str) -> FisherBlock:
-        entry = self._layers[name]
-        if (entry.block, entry.approximation) != (cls.__name__, approx):
-            raise ValueError(
-                f"layer {name!r} is registered as {entry.block} ({entry.approximation!r}) and "
-                f"cannot be reused as {cls.__name__} ({approx!r})."
-            )
-        if entry.shapes != param_shapes(params):
-            raise ValueError(
-                f"`params` of the reused layer {name!r} must have the shapes {entry.shapes}; "
-                f"got {param_shapes(params)}."
-            )
-        return self._blocks[name]
-
-    def _approximation(self, kind: str, name: str, approx: str | None) -> str:
-        """The approximation asked for, else the linked one, else the default."""
-        if approx is None:
-            approx = self._linked.get(name)
-        approx = self._defaults.get(kind) if approx is None else approx
-        require_approximation("approx", kind, approx)
-        return approx
-
-    def _maker(self, kind: str, name: str, approx: str | None) -> tuple[str, Any, Any]:
-        chosen = self._approximation(kind, name, approx)
-        return chosen, *require_approximation("approx", kind, chosen)
-
-    def _kernel(
-        self,
-        name: str,
-        params: Params,
-        ndim: int,
-        form: str,
-        reuse: bool,
-        bias_axis: int | None = -1,
-    ) -> tuple[Array, bool]:
-        """The kernel, and whether there is a bias; checked."""
-        self._check_name(name, params, reuse)
-        shapes = param_shapes(params)
-        biases = () if bias_axis is None else (shapes[0][bias_axis:],)
-        fits = len(shapes[0]) == ndim and (shapes[1:] == () or shapes[1:] == biases)
-        if bias_axis is not None and (len(shapes) > 2 or not fits):
-            raise ValueError(
-                f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
-                f"over its last axis; got shapes {', '.join(map(str, shapes))}."
-            )
-        return as_arrays(params)[0], len(shapes) == 2
-
-    def _check_name(self, name: str, params: Params, reuse: bool) -> None:
-        self._require_open()
-        arrays = as_arrays(params)
-        require_one_place(**{f"params[{i}]": a for i, a in enumerate(arrays)})
-        if reuse:
-            if name not in self._blocks:
-                raise KeyError(
-                    f"there is no layer {name!r} to reuse; registered: {list(self._blocks)}."
-                )
-            return
-        if name in self._blocks:
-            raise ValueError(
-                f"a layer named {name!r} is already registered; names must be unique (or pass "
-                f"reuse=True for another tower of it). Registered: {list(self._blocks)}."
-            )
-        for array in arrays:
-            owner, alive = self._owners.get(id(array), ("", lambda: None))
-            if alive() is array:
-                raise ValueError(
-                    f"a parameter of layer {name!r} is registered already, under {owner!r}. A "
-                    "parameter used by several layers is one layer with several uses: see "
-                    "`register_fully_connected_multi` and `register_generic`."
-                )
-
-    def _own(self, name: str, params: Params) -> None:
-        """Remember the arrays, as long as they live, to notice one under two names."""
-        for array in as_arrays(params):
-            with suppress(TypeError):  # not every library's arrays can be referred to weakly
-                self._owners[id(array)] = (name, weakref.ref(array))
-
-    def _placeholder(self, shape: tuple[int | None, ...], like: Array) -> Placeholder:
-        xp = array_namespace(like)
-        return Placeholder(shape, xp.empty((0,), dtype=like.dtype, device=device_of(like)))
-
-    def _inputs_of(self, other: str) -> Placeholder:
-        if other not in self._inputs:
-            raise KeyError(
-                f"`inputs_of` must be the name of a layer with inputs; got {other!r}. Registered: "
-                f"{list(self._inputs)}."
-            )
-        return self._inputs[other]
-
-    def _require_shared_input(self, name: str, other: str) -> None:
-        keys = [self._blocks[n].input_key() for n in (name, other)]
-        if keys[0] is None or keys[0] != keys[1]:
-            words = [self._layers[n].words for n in (name, other)]
-            del self._blocks[name], self._layers[name], self._inputs[name]
-            raise ValueError(
-                f"{name!r} cannot share an input factor with {other!r}: they are {words[0]} and "
-                f"{words[1]}, which have no equal input factors (size, bias, geometry and "
-                "approximation must be the same). Leave `inputs_of` out."
-            )
 
 
 def _broadcast_dims(
