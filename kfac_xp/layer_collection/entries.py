@@ -59,6 +59,12 @@ class LayerEntries(ApproximationChoices):
             inputs = self._placeholder(leading if is_ids else (*leading, d_in), kernel)
         else:
             inputs = self._inputs_of(inputs_of)
+            if not is_ids and inputs.shape[-1] != d_in:
+                raise ValueError(
+                    f"{name!r} cannot share an input factor with {inputs_of!r}: its inputs have "
+                    f"{d_in} entries, those of {inputs_of!r} {inputs.shape[-1]}. Leave `inputs_of` "
+                    "out."
+                )
         grads = self._placeholder((*leading, d_out if outputs is None else outputs), kernel)
         uses = arguments.get("num_uses", 1)
         block = self._enter(maker, name, params, arguments, inputs, grads, uses, reuse)
@@ -178,6 +184,7 @@ class LayerEntries(ApproximationChoices):
         if keys[0] is None or keys[0] != keys[1]:
             words = [self._layers[n].words for n in (name, other)]
             del self._blocks[name], self._layers[name], self._inputs[name]
+            self._owners = {k: v for k, v in self._owners.items() if v[0] != name}
             raise ValueError(
                 f"{name!r} cannot share an input factor with {other!r}: they are {words[0]} and "
                 f"{words[1]}, which have no equal input factors (size, bias, geometry and "
