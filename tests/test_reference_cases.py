@@ -330,6 +330,7 @@ def assert_sua_products(xp, block, vector, arrays, rtol, order):
     assert_close(full[rows][:, rows], arrays["out.full_fisher_block"], rtol, "full")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("file", "case", "dtype"), every("old_r1.8", "old_r1.10"))
 def test_old_releases(xp, file, case, dtype):
     """r1.8 and r1.10, reached by their own constants and location count, without a switch."""
