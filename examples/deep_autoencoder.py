@@ -10,8 +10,8 @@ The three start from the same parameters and see the same batches. SGD (with Nes
 Adam use the setting that ended with the lowest training loss of those tried (below; ``--tune``
 repeats the search). K-FAC chooses its learning rate and momentum itself, from the exact quadratic
 model of a quarter of each batch, and adapts its damping from where it is told to start. It takes a
-quarter of the iterations, each of which takes longer. That it is far ahead of Adam is a matter of the
-deep network: on the small one, after a quarter of the iterations, it is about as far as Adam.
+quarter of the iterations, each of which takes longer. That it is far ahead of Adam is a matter of
+the deep network: on the small one, after its quarter of the iterations, it is about as far as Adam.
 
 Losses are evaluated on a fixed part of the training images, off the clock, and given above the
 images' own entropy, which no model can go below.
