@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -133,8 +134,9 @@ class _NaiveFB(FisherBlock):
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         return self._shapes
 
+    @abc.abstractmethod
     def _make_factor(self, grads: Any, batch_size: int | None) -> None:
-        raise NotImplementedError
+        """Make or get the factor."""
 
 
 class NaiveFullFB(_NaiveFB, FullFB):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -67,11 +68,13 @@ class _NaiveFactor(FisherFactor):
                 require_same_place(f"params_grads[{s}][{i}]", array, self._like, self.name)
             yield [(self._gradient(arrays), int(batch_size))]
 
+    @abc.abstractmethod
     def _make_moment(self) -> Moment:
-        raise NotImplementedError
+        """The moment for parameters of the shapes given."""
 
+    @abc.abstractmethod
     def _gradient(self, arrays: list[Array]) -> Array:
-        raise NotImplementedError
+        """The gradient as the moment takes it."""
 
 
 class NaiveFullFactor(_NaiveFactor, InverseProvidingFactor):

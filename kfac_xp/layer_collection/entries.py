@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from kfac_xp.params import as_arrays, param_shapes
 from kfac_xp.typing import Array, Params
 
 
-class LayerEntries(ApproximationChoices):
+class LayerEntries(ApproximationChoices, abc.ABC):
     """The layers entered so far: their blocks, and what must not be entered twice."""
 
     def __init__(self) -> None:
@@ -26,8 +27,9 @@ class LayerEntries(ApproximationChoices):
         self._inputs: dict[str, Placeholder] = {}
         self._owners: dict[int, tuple[str, Callable[[], Any]]] = {}
 
+    @abc.abstractmethod
     def _require_open(self) -> None:
-        raise NotImplementedError
+        """Refuse to register once an estimator has taken the collection."""
 
     def _register(
         self,

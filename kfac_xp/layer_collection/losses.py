@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class RegisteredLoss:
     coeff: float
 
 
-class LossRegistry:
+class LossRegistry(abc.ABC):
     """Registers losses and evaluates them."""
 
     def __init__(self) -> None:
@@ -177,8 +178,8 @@ class LossRegistry:
             raise ValueError(f"`target_mode` must be 'data' or 'sample'; got {target_mode!r}.")
         if target_mode == "sample" and generator is None:
             raise ValueError("`generator` must be given to draw targets: a seed or a generator.")
-        by_name = self._by_loss("outputs", outputs)
-        data = {} if target_mode == "sample" else self._by_loss("targets", targets)
+        by_name = self.by_loss("outputs", outputs)
+        data = {} if target_mode == "sample" else self.by_loss("targets", targets)
         values = []
         for name, loss in self._losses.items():
             made = loss.make(by_name[name], data.get(name))
@@ -199,7 +200,14 @@ class LossRegistry:
         values = self.eval_losses(outputs, None, "sample", coeff_mode, generator=generator)
         return sum(values)
 
-    def _by_loss(self, what: str, value: Any) -> dict[str, Any]:
+    def by_loss(self, what: str, value: Any) -> dict[str, Any]:
+        """``{loss name: value}`` of such a dict, or of a bare value if there is one loss.
+
+        Raises
+        ------
+        ValueError
+            If the names are not those of the losses; `what` says whose they are.
+        """
         if not isinstance(value, Mapping):
             if len(self._losses) != 1:
                 raise ValueError(
@@ -214,5 +222,6 @@ class LossRegistry:
             )
         return dict(value)
 
+    @abc.abstractmethod
     def _require_open(self) -> None:
-        raise NotImplementedError
+        """Refuse to register once an estimator has taken the collection."""

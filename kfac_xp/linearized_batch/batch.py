@@ -60,10 +60,15 @@ class LinearizedBatch:
                 f"got {len(all_targets)}."
             )
         self._outputs = [
-            {name: map_params(detached, x) for name, x in self._by_loss("outputs", o).items()}
+            {
+                name: map_params(detached, x)
+                for name, x in self._layers.by_loss("outputs", o).items()
+            }
             for o in (net.outputs for net in self.nets)
         ]
-        self._targets = [None if t is None else self._by_loss("targets", t) for t in all_targets]
+        self._targets = [
+            None if t is None else self._layers.by_loss("targets", t) for t in all_targets
+        ]
         self._made_losses: list[dict[str, LossFunction]] | None = None
 
     @property
@@ -241,7 +246,7 @@ class LinearizedBatch:
 
     def split(self, name: str, whole: Mapping[str, Any]) -> list[PerLoss]:
         """Per tower, its cases of ``{loss: array or pair}`` over the whole batch."""
-        values = self._by_loss(name, whole)
+        values = self._layers.by_loss(name, whole)
         sizes = [as_arrays(next(iter(o.values())))[0].shape[0] for o in self._outputs]
         towers: list[PerLoss] = [{} for _ in self.nets]
         for loss, value in values.items():
@@ -291,7 +296,7 @@ class LinearizedBatch:
         towers = []
         for net, outputs in zip(self.nets, self._outputs, strict=True):
             found: Any = net
-            changes = self._by_loss("the result of `jvp`", found.jvp(tangent))
+            changes = self._layers.by_loss("the result of `jvp`", found.jvp(tangent))
             for name, change in changes.items():
                 if param_shapes(change) != param_shapes(outputs[name]):
                     raise ValueError(
@@ -354,22 +359,6 @@ class LinearizedBatch:
             for name, loss in losses.items():
                 require_methods(loss, self._losses[name], "empirical")
         return self.losses()
-
-    def _by_loss(self, what: str, value: Any) -> dict[str, Any]:
-        """``{loss name: value}`` of a bare value or of such a dict."""
-        if not isinstance(value, Mapping):
-            if len(self._losses) > 1:
-                raise ValueError(
-                    f"`{what}` must be a dict over the losses {list(self._losses)}; "
-                    f"got {type(value).__name__}."
-                )
-            return {next(iter(self._losses)): value}
-        if set(value) != set(self._losses):
-            raise ValueError(
-                f"`{what}` must have the registered losses {list(self._losses)} as keys; "
-                f"got {list(value)}."
-            )
-        return dict(value)
 
 
 def require_layers(name: str, vectors: Vectors, layers: LayerCollection) -> None:
