@@ -8,16 +8,16 @@ import numpy as np
 
 from kfac_xp.kernels.cpu.jit import compiled
 
-# Side of the squares in which a matrix is transposed: two of them fit the first cache.
-_TILE = 32
+# Side of the squares in which a matrix is transposed: one of them fits the first cache.
+_TILE = 64
 
 
 def correlation_blocks(halves: Any, pairs: Any, blocks: Any, last: Any | None = None) -> Any:
     """See ``kfac_xp.patch_covariance.blocks.correlation_blocks``."""
     num_offsets, num_blocks, channels, _, _ = halves.shape
     width = num_blocks * channels
-    correlations = np.empty((num_offsets, width, width), dtype=halves.dtype)
-    _add_mirrored(halves.reshape(num_offsets, width, width), correlations)
+    correlations = halves.reshape(num_offsets, width, width)
+    _add_mirrored(correlations)
     side = len(blocks) * channels + (last is not None)
     out = np.empty((side, side), dtype=halves.dtype)
     _gather(correlations, pairs, blocks, channels, out)
@@ -27,20 +27,33 @@ def correlation_blocks(halves: Any, pairs: Any, blocks: Any, last: Any | None = 
 
 
 @compiled
-def _add_mirrored(halves, out):
-    """``out[d] = halves[d] + halves[-d].T``, each sum once, for d and for -d."""
+def _add_mirrored(halves):
+    """In place, ``halves[d] + halves[-d].T``: each sum once, for d and for -d.
+
+    Squares are transposed in a buffer, so that memory is read and written along rows only. The
+    buffer's rows are one longer than they need be: a column of it then lies in many cache sets.
+    """
     num_offsets, width, _ = halves.shape
+    square = np.empty((_TILE, _TILE + 1), halves.dtype)
     for d in range((num_offsets + 1) // 2):
         mirror = num_offsets - 1 - d
         for r_0 in range(0, width, _TILE):
-            r_1 = min(r_0 + _TILE, width)
-            for c_0 in range(0, width, _TILE):
-                c_1 = min(c_0 + _TILE, width)
-                for r in range(r_0, r_1):
-                    for c in range(c_0, c_1):
-                        value = halves[d, r, c] + halves[mirror, c, r]
-                        out[d, r, c] = value
-                        out[mirror, c, r] = value
+            rows = np.uintp(min(_TILE, width - r_0))
+            # The offset in the middle is its own mirror image: its squares come in pairs.
+            for c_0 in range(r_0 if d == mirror else 0, width, _TILE):
+                columns = np.uintp(min(_TILE, width - c_0))
+                row, column = np.uintp(r_0), np.uintp(c_0)
+                for c in range(columns):
+                    for r in range(rows):
+                        square[c, r] = halves[mirror, column + c, row + r]
+                for r in range(rows):
+                    for c in range(columns):
+                        value = halves[d, row + r, column + c] + square[c, r]
+                        halves[d, row + r, column + c] = value
+                        square[c, r] = value
+                for c in range(columns):
+                    for r in range(rows):
+                        halves[mirror, column + c, row + r] = square[c, r]
 
 
 @compiled

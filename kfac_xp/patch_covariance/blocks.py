@@ -24,7 +24,8 @@ def correlation_blocks(
     Parameters
     ----------
     halves : shape [offsets, B, C, B, C]
-        The last offset is minus the first, and so on: d and -d are mirror images.
+        The last offset is minus the first, and so on: d and -d are mirror images. Given away: a
+        kernel overwrites it.
     pairs : integers of shape [T, T], on the host
         Which offset lies between two taps.
     blocks : integers of shape [T], on the host
