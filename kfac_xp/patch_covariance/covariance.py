@@ -127,8 +127,17 @@ class PatchCovariance:
         **_: object,
     ) -> str:
         """Which method would run on these arguments, and what each is estimated to cost."""
-        plan, why = self._plan(inputs, geometry, patch_mask, method, workspace)
-        return f"patch_covariance: {'chunked' if plan is None else plan.method}, {why}"
+        plan, plans = self._plan(inputs, geometry, patch_mask, method, workspace)
+        text = f"patch_covariance: {'chunked' if plan is None else plan.method}, "
+        if patch_mask is not None:
+            return text + "the only method that takes a mask"
+        if not plans:
+            return text + "because no patch holds a pixel"
+        if method is not None:
+            text += "because `method` asks for it; "
+        by_cost = sorted(plans.values(), key=lambda plan: plan.seconds)
+        costs = ", ".join(f"{plan.method} {1e3 * plan.seconds:.3g} ms" for plan in by_cost)
+        return text + f"estimated: {costs} (rates of {current().measured})"
 
     def _plan(
         self,
@@ -137,31 +146,24 @@ class PatchCovariance:
         patch_mask: Array | None,
         method: Method | None,
         workspace: int,
-    ) -> tuple[Plan | None, str]:
-        """Check the arguments; a plan, or None for patches of the inputs; and the reason."""
+    ) -> tuple[Plan | None, dict[Method, Plan]]:
+        """Check the arguments; a plan, or None for patches of the inputs; and all there are."""
         _check(inputs, geometry, patch_mask, method, workspace)
-        num_cases, *space, channels = inputs.shape
         if patch_mask is not None:
-            return None, "the only method that takes a mask"
+            return None, {}
+        num_cases, *space, channels = inputs.shape
         sizes = Sizes(num_cases, channels, max(4, itemsize(inputs)))
-        rates = current()
-        plans = plans_for(geometry, tuple(space), sizes, rates)
-        if method is not None and method != "chunked" and method not in plans:
+        plans = plans_for(geometry, tuple(space), sizes, current())
+        if method not in (None, "chunked", *plans):
             raise ValueError(
                 f"`method` {method!r} needs two taps that read the same pixels, and one that reads "
                 f"half of all; {geometry} on images of spatial shape {tuple(space)} has not. "
                 "Use 'chunked', or None."
             )
         if not plans:
-            return None, "because no patch holds a pixel"
+            return None, plans
         plan = cheapest(plans) if method is None else plans[method]
-        costs = ", ".join(
-            f"{name} {1e3 * p.seconds:.3g} ms"
-            for name, p in sorted(plans.items(), key=lambda item: item[1].seconds)
-        )
-        asked = "" if method is None else "because `method` asks for it; "
-        why = f"{asked}estimated: {costs} (rates of {rates.measured})"
-        return (None if plan.method == "chunked" else plan), why
+        return (None if plan.method == "chunked" else plan), plans
 
 
 patch_covariance = PatchCovariance()
