@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+
+import array_api_compat
+import numpy as np
 
 from kfac_xp.backend import array_namespace, itemsize
 from kfac_xp.geometry import ConvGeometry
 from kfac_xp.linalg import compute_cov, pad_with_zeros
 from kfac_xp.ops import extract_patches
+from kfac_xp.patch_covariance import scratch
 from kfac_xp.patch_covariance.lattice import TapGrid, ranges
 from kfac_xp.typing import Array
 
@@ -36,6 +41,9 @@ def chunked_covariance(
         are held in any case, and as many as take the place of the result.
     """
     d = geometry.num_taps * inputs.shape[-1]
+    if _patches_are_pixels(geometry, inputs.shape[1:-1]) and mask is None:
+        rows = array_namespace(inputs).reshape(inputs, (-1, d))  # a view
+        return compute_cov(rows, None, normalizer)
     # Fewer patches than fill an array of the result's size would not pay for adding it up.
     most_patches = max(workspace // itemsize(inputs) // d, d)
     total = None
@@ -46,6 +54,12 @@ def chunked_covariance(
         else:
             total += compute_cov(_patch_rows(*part, mask), None, normalizer)
     return total
+
+
+def _patches_are_pixels(geometry: ConvGeometry, space: Sequence[int]) -> bool:
+    """True for a filter of one tap that reads every pixel once."""
+    ones = (1,) * geometry.num_axes
+    return geometry.kernel == geometry.strides == ones and not any(map(any, geometry.pads(space)))
 
 
 def _patch_rows(inputs: Array, geometry: ConvGeometry, mask: Array | None) -> Array:
@@ -91,7 +105,6 @@ def tap_covariance(grid: TapGrid, images: Array, normalizer: float) -> Array:
     -------
     Array of shape [taps * C, taps * C].
     """
-    xp = array_namespace(images)
     spans = [axis.locations for axis in grid.axes]
     pads, starts = [], []
     for axis, (first, last) in zip(grid.axes, spans, strict=True):
@@ -107,5 +120,23 @@ def tap_covariance(grid: TapGrid, images: Array, normalizer: float) -> Array:
             for start, shift, (first, last) in zip(starts, shifts, spans, strict=True)
         )
         views.append(padded[(slice(None), *index, block, slice(None))])
-    rows = xp.reshape(xp.stack(views, axis=-2), (-1, grid.num_taps * images.shape[-1]))
-    return compute_cov(rows, None, normalizer)
+    return _covariance(_stacked(views), normalizer)
+
+
+def _stacked(views: list[Array]) -> Array:
+    """[rows, taps * C] from one array [N, *locations, C] per tap."""
+    xp, first = array_namespace(views[0]), views[0]
+    shape = (math.prod(first.shape[:-1]), len(views) * first.shape[-1])
+    if not array_api_compat.is_numpy_array(first):
+        return xp.reshape(xp.stack(views, axis=-2), shape)
+    out = scratch.empty((*first.shape[:-1], len(views), first.shape[-1]), first.dtype)
+    np.stack(views, axis=-2, out=out)
+    return out.reshape(shape)
+
+
+def _covariance(rows: Array, normalizer: float) -> Array:
+    """`compute_cov` in memory from `scratch`."""
+    if not array_api_compat.is_numpy_array(rows):
+        return compute_cov(rows, None, normalizer)
+    rows *= normalizer**-0.5
+    return scratch.matmul(rows.T, rows)

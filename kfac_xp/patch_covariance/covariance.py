@@ -15,6 +15,7 @@ from kfac_xp.backend import (
 from kfac_xp.geometry import ConvGeometry
 from kfac_xp.linalg import bordered, subtract_at
 from kfac_xp.ops import require_images
+from kfac_xp.patch_covariance import scratch
 from kfac_xp.patch_covariance.blocks import correlation_blocks, tap_pairs
 from kfac_xp.patch_covariance.chunked import chunked_covariance, tap_covariance
 from kfac_xp.patch_covariance.cost import METHODS, Method, Plan, Sizes, cheapest, plans_for
@@ -113,8 +114,9 @@ class PatchCovariance:
         if plan is None:
             moment = chunked_covariance(inputs, geometry, mask, normalizer, workspace)
             return moment if last is None else bordered(moment, last)
-        images = _lattice(geometry, inputs).images(inputs)
-        return _moment(plan, images, normalizer, workspace, last)
+        with scratch.frame():
+            images = _lattice(geometry, inputs).images(inputs)
+            return _moment(plan, images, normalizer, workspace, last)
 
     def explain(
         self,
@@ -184,12 +186,13 @@ def _moment(
     width = grid.num_taps * channels
     by_tap = xp.reshape(moment[:width, :width], (*grid.grid, channels) * 2)
     for slab, slab_plan in plan.slabs:
-        outside = _moment(slab_plan, slab.images(images), normalizer, workspace)
-        index = [slice(None)] * len(by_tap.shape)
-        for side in (0, len(grid.grid) + 1):
-            index[side + slab.filter_axis] = slice(slab.taps.start, slab.taps.stop)
-        outside = xp.reshape(outside, (*slab.grid.grid, channels) * 2)
-        by_tap = subtract_at(by_tap, tuple(index), outside)
+        with scratch.frame():
+            outside = _moment(slab_plan, slab.images(images), normalizer, workspace)
+            index = [slice(None)] * len(by_tap.shape)
+            for side in (0, len(grid.grid) + 1):
+                index[side + slab.filter_axis] = slice(slab.taps.start, slab.taps.stop)
+            outside = xp.reshape(outside, (*slab.grid.grid, channels) * 2)
+            by_tap = subtract_at(by_tap, tuple(index), outside)
     if in_place:
         return moment
     moment = xp.reshape(by_tap, (width, width))

@@ -29,6 +29,7 @@ import array_api_compat
 import numpy as np
 
 from kfac_xp.backend import array_namespace, device_of, itemsize
+from kfac_xp.patch_covariance import scratch
 from kfac_xp.patch_covariance.lattice import ranges
 from kfac_xp.typing import Array
 
@@ -83,9 +84,11 @@ def spectral_correlations(
         inner = max(inner, 2 * phases.shape[0] // phases.shape[2])
         inner = max(1, min(inner, budget // (per_case * part.shape[0])))
         for low, high in ranges(phases.shape[1], chunk):
-            lines = _transformed_first(first[2 * low : 2 * high, :], part)
-            for i, j in ranges(high - low, inner):
-                sums.add(low + i, low + j, _transformed(lines[:, i:j, ...], others))
+            with scratch.frame():
+                lines = _transformed_first(first[2 * low : 2 * high, :], part)
+                for i, j in ranges(high - low, inner):
+                    with scratch.frame():
+                        sums.add(low + i, low + j, _transformed(lines[:, i:j, ...], others))
     return sums.total()
 
 
@@ -93,7 +96,7 @@ def _transformed_first(matrix: Array, images: Array) -> Array:
     """[N, frequencies, 2, *other sizes, C] from images [N, *sizes, C]."""
     xp = array_namespace(images)
     num_cases, size, *rest = images.shape
-    lines = xp.matmul(matrix, xp.reshape(images, (num_cases, size, -1)))
+    lines = scratch.matmul(matrix, xp.reshape(images, (num_cases, size, -1)))
     return xp.reshape(lines, (num_cases, -1, 2, *rest))
 
 
@@ -112,7 +115,7 @@ def _transformed(x: Array, matrices: Sequence[Array]) -> Array:
         frequencies, size = x.shape[1], x.shape[3]
         rest = x.shape[4:]
         x = xp.reshape(x, (num_cases, frequencies, 2 * size, math.prod(rest)))
-        x = xp.reshape(xp.matmul(matrix, x), (num_cases, -1, 2, *rest))
+        x = xp.reshape(scratch.matmul(matrix, x), (num_cases, -1, 2, *rest))
     x = xp.reshape(x, (num_cases, x.shape[1], -1, channels))
     return xp.reshape(_cases_inside(last, x), (-1, 2, num_cases, channels))
 
@@ -122,7 +125,8 @@ def _cases_inside(matrix: Array, x: Array) -> Array:
     xp = array_namespace(x)
     if not array_api_compat.is_numpy_array(x):
         return xp.moveaxis(xp.matmul(matrix, x), 0, -2)
-    out = np.empty((*x.shape[1:-2], matrix.shape[0], x.shape[0], x.shape[-1]), dtype=x.dtype)
+    shape = (*x.shape[1:-2], matrix.shape[0], x.shape[0], x.shape[-1])
+    out = scratch.empty(shape, x.dtype)
     np.matmul(matrix, x, out=np.moveaxis(out, -2, 0))
     return out
 
@@ -137,6 +141,9 @@ class _PhasedSums:
         self.phases = phases
         self._num_channels = images.shape[-1]
         self._total: Array | None = None
+        if array_api_compat.is_numpy_array(images):
+            shape = (len(phases), self._num_channels**2)
+            self._memory = scratch.empty(shape, images.dtype)
 
     def add(self, low: int, high: int, parts: Array) -> None:
         """Add some first frequencies: real and imaginary parts [F, 2, N, C] of these."""
@@ -155,17 +162,19 @@ class _PhasedSums:
 
     def _add_by_rows(self, phases: Array, left: Array, right: Array) -> None:
         """A few rows of each product at a time, so that those of all frequencies are cached."""
-        c, sums, is_first = self._num_channels, self._total, self._total is None
-        if sums is None:
-            sums = self._total = np.empty((len(phases), c * c), dtype=left.dtype)
+        c, is_first = self._num_channels, self._total is None
+        if is_first:
+            self._total = self._memory
+        sums = self._memory
         rows = max(min(c, 64), _CACHED // (len(left) * c))
         for start, stop in ranges(c, rows):
-            products = np.matmul(left[:, start:stop, :], right).reshape(len(left), -1)
-            total = sums[:, start * c : stop * c]
-            if is_first:
-                np.matmul(phases, products, out=total)
-            else:
-                total += np.matmul(phases, products)
+            with scratch.frame():
+                products = scratch.matmul(left[:, start:stop, :], right).reshape(len(left), -1)
+                total = sums[:, start * c : stop * c]
+                if is_first:
+                    np.matmul(phases, products, out=total)
+                else:
+                    total += scratch.matmul(phases, products)
 
     def total(self) -> Array:
         """The sum."""
@@ -179,7 +188,7 @@ def _rotated(parts: Array) -> Array:
     real, imaginary = parts[:, 0, :, :], parts[:, 1, :, :]
     if not array_api_compat.is_numpy_array(parts):
         return xp.stack([real + imaginary, imaginary - real], axis=1)
-    rotated = np.empty(parts.shape, dtype=parts.dtype)
+    rotated = scratch.empty(parts.shape, parts.dtype)
     np.add(real, imaginary, out=rotated[:, 0])
     np.subtract(imaginary, real, out=rotated[:, 1])
     return rotated

@@ -1,0 +1,79 @@
+"""Memory for NumPy arrays that a calculation makes on the way, kept from one call to the next.
+
+The system clears every page that it hands out, which for the arrays here can take as long as
+filling them; and they are made anew in every step.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from kfac_xp.backend import array_namespace
+from kfac_xp.typing import Array
+
+LIMIT = 2**25
+"""Bytes kept for each thread, at most. What does not fit is allocated as usual."""
+
+_ALIGNMENT = 64
+
+
+class _Stack(threading.local):
+    """One buffer per thread, handed out from the bottom."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, dtype=np.uint8)
+        self.used = 0
+        self.wanted = 0
+        self.depth = 0
+
+
+_stack = _Stack()
+
+
+@contextmanager
+def frame() -> Iterator[None]:
+    """Arrays made by `empty` and `matmul` inside are given up at the end of the block.
+
+    Frames nest. Nothing that is made in a frame may leave the outermost one.
+    """
+    used = _stack.used
+    _stack.depth += 1
+    try:
+        yield
+    finally:
+        _stack.used = used
+        _stack.depth -= 1
+        if _stack.depth == 0:
+            size = min(_stack.wanted, LIMIT)
+            if size > _stack.buffer.size:
+                _stack.buffer = np.empty(size, dtype=np.uint8)
+            _stack.wanted = 0
+
+
+def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """A NumPy array with anything in it, valid until the innermost `frame` ends."""
+    shape = tuple(shape)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    start = _stack.used
+    stop = start + -(-size // _ALIGNMENT) * _ALIGNMENT
+    _stack.wanted = max(_stack.wanted, stop)
+    if _stack.depth == 0 or stop > _stack.buffer.size:
+        return np.empty(shape, dtype=dtype)
+    _stack.used = stop
+    return _stack.buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Matrix product; of NumPy arrays in an array by `empty`."""
+    if not array_api_compat.is_numpy_array(a):
+        return array_namespace(a, b).matmul(a, b)
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    out = empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
+    return np.matmul(a, b, out=out)
