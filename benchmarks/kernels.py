@@ -209,10 +209,8 @@ def cases() -> Iterator[tuple[KernelOp, str, str, Callable[[], object], int]]:
             grads = normal(shape[0], *geometry.output_shape(shape[1:-1]), c_out)
             size = shape[0] * geometry.num_locations(shape[1:-1]) * geometry.num_taps * shape[-1]
 
-            def conv(
-                inputs=inputs, grads=grads, geometry=geometry, options={"groups": groups}
-            ) -> object:
-                return conv_squared_outer(inputs, grads, geometry, has_bias=True, **options)
+            def conv(inputs=inputs, grads=grads, geometry=geometry, groups=groups) -> object:
+                return conv_squared_outer(inputs, grads, geometry, has_bias=True, groups=groups)
 
             case = f"{words(shape, kernel, stride, dilation)} to {c_out}"
             case += f" in {groups} groups" if groups > 1 else ""

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import tracemalloc
 from contextlib import nullcontext
 
 import numpy as np
@@ -268,6 +269,34 @@ def test_reference_in_several_chunks(rng, monkeypatch, dtype):
     check_conv_squared_outer(np, rng, "2d-one-pixel", dtype, "reference", True, True)
     monkeypatch.setattr(reference, "_ROTATED_ELEMENTS", 2 * 18 * 5 * 6)
     check_conv_squared_outer(np, rng, "2d", dtype, "reference", True, True, rotated=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "rotated"), [("reference", False), ("numba", False), ("reference", True)]
+)
+def test_memory_does_not_grow_with_the_cases(rng, backend, rotated):
+    geometry, peaks = ConvGeometry.create((3, 3)), []
+    options = {"rotations": (rng.normal(size=(72, 72)), rng.normal(size=(8, 8)))} if rotated else {}
+    for num_cases in (600, 1200):
+        images = rng.normal(size=(num_cases, 8, 8, 8))
+        with use_backend(backend):
+            conv_squared_outer(images[:1], images[:1], geometry, **options)
+            tracemalloc.start()
+            conv_squared_outer(images, images, geometry, **options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] + 10_000
+
+
+def test_chunks_of_the_kernel_are_bounded():
+    from kfac_xp.kernels.cpu import squared_outer as kernels
+
+    axes = kernels.three_axes(ConvGeometry.create((3, 3)), (8, 8))
+    chunks = {
+        kernels._cases_in_chunk(np.empty((n, 1, 8, 8, 8)), np.empty((n, 64, 8)), axes)
+        for n in (200, 1000)
+    }
+    assert chunks == {kernels._CHUNK_ELEMENTS // (10 * 10 * 8 + 64 * 8)}
 
 
 @pytest.mark.gpu

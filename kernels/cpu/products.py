@@ -161,7 +161,7 @@ def add_squares(images, grads, axes, out, first, last, cases_in_chunk):
         image_start, grads_start = start * image_size, start * grads_size
         if is_bordered:
             image_start = 0
-            copy_images(images[start : start + count], axes, bordered)
+            _copy_images(images[start : start + count], axes, bordered, 1)
         if is_packed:
             grads_start = 0
             _copy_grads(grads[start : start + count], panels, width, packed)
@@ -170,13 +170,13 @@ def add_squares(images, grads, axes, out, first, last, cases_in_chunk):
             end = min(block * ROWS + ROWS, num_rows)
             # Rows beyond the last repeat it: they are computed, and dropped in the end.
             for r in range(ROWS):
-                rows[r] = row_offset(min(block * ROWS + r, end - 1), channels, axes)
+                rows[r] = _row_offset(min(block * ROWS + r, end - 1), channels, axes)
             taps = (block * ROWS // channels, (end - 1) // channels + 1)
             if num_locations > _FEW_LOCATIONS:
                 taps = (0, kernel[0] * kernel[1] * kernel[2])
             if taps != listed:
                 listed = taps
-                hits = list_locations(taps, channels, axes, step, positions, places)
+                hits = _list_locations(taps, channels, axes, step, positions, places)
             if hits == 0:
                 continue
             for n in range(count):
@@ -213,19 +213,17 @@ def add_depthwise_squares(images, grads, axes, out, first, last, cases_in_chunk)
     """
     padded = axes[6]
     num_cases, num_locations, c_out = grads.shape
-    channels = images.shape[4]
-    multiplier = c_out // channels
-    image_size = padded[0] * padded[1] * padded[2] * channels
+    image_size = padded[0] * padded[1] * padded[2] * c_out
     bordered = np.zeros(cases_in_chunk * image_size, images.dtype)
     sums, totals = np.empty(c_out, images.dtype), np.empty(c_out, images.dtype)
     positions = np.empty(num_locations, np.intp)
     places = np.empty(num_locations, np.intp)
     for start in range(0, num_cases, cases_in_chunk):
         count = min(cases_in_chunk, num_cases - start)
-        copy_images(images[start : start + count], axes, bordered)
+        _copy_images(images[start : start + count], axes, bordered, c_out // images.shape[4])
         for tap in range(first, last):
-            hits = list_locations((tap, tap + 1), channels, axes, 1, positions, places)
-            offset = row_offset(tap * channels, channels, axes)
+            hits = _list_locations((tap, tap + 1), c_out, axes, 1, positions, places)
+            offset = _row_offset(tap * c_out, c_out, axes)
             for n in range(count):
                 totals[:] = 0
                 for begin in range(0, hits, _SPAN):
@@ -233,14 +231,8 @@ def add_depthwise_squares(images, grads, axes, out, first, last, cases_in_chunk)
                     for i in range(begin, min(begin + _SPAN, hits)):
                         grad = grads[start + n, places[i]]
                         corner = np.uintp(n * image_size + positions[i] + offset)
-                        if multiplier == 1:
-                            for c in range(np.uintp(c_out)):
-                                sums[c] += bordered[corner + c] * grad[c]
-                            continue
-                        for c in range(channels):
-                            entry = bordered[corner + np.uintp(c)]
-                            for m in range(c * multiplier, (c + 1) * multiplier):
-                                sums[m] += entry * grad[m]
+                        for c in range(np.uintp(c_out)):
+                            sums[c] += bordered[corner + c] * grad[c]
                     for c in range(np.uintp(c_out)):
                         totals[c] += sums[c]
                 for c in range(np.uintp(c_out)):
@@ -267,8 +259,11 @@ def add_squares_of_sums(grads, out):
 
 
 @compiled
-def copy_images(images, axes, bordered):
-    """Copy images [n, space_0, space_1, space_2, C] to the inside of flat bordered ones."""
+def _copy_images(images, axes, bordered, times):
+    """Copy images [n, space_0, space_1, space_2, C] to the inside of flat bordered ones.
+
+    Each channel is written so many times, one beside the other.
+    """
     num_cases, size_0, size_1, size_2, channels = images.shape
     before, padded = axes[5], axes[6]
     source = images.reshape(-1)
@@ -278,9 +273,14 @@ def copy_images(images, axes, bordered):
         for i_0 in range(size_0):
             for i_1 in range(size_1):
                 line = (n * padded[0] + before[0] + i_0) * padded[1] + before[1] + i_1
-                to = np.uintp((line * padded[2] + before[2]) * channels)
-                for j in range(run):
-                    bordered[to + j] = source[from_ + j]
+                to = np.uintp((line * padded[2] + before[2]) * channels * times)
+                if times == 1:
+                    for j in range(run):
+                        bordered[to + j] = source[from_ + j]
+                else:
+                    for j in range(run):
+                        for copy in range(np.uintp(times)):
+                            bordered[to + j * np.uintp(times) + copy] = source[from_ + j]
                 from_ += run
 
 
@@ -300,7 +300,7 @@ def _copy_grads(grads, panels, width, packed):
 
 
 @compiled
-def row_offset(row, channels, axes):
+def _row_offset(row, channels, axes):
     """Where a row of patches begins, relative to the patch, in a bordered image."""
     _, _, kernel, _, dilation, _, padded = axes
     tap = row // channels
@@ -311,7 +311,7 @@ def row_offset(row, channels, axes):
 
 
 @compiled
-def list_locations(taps, channels, axes, step, positions, places):
+def _list_locations(taps, channels, axes, step, positions, places):
     """List the locations where one of the taps meets a pixel, and return their number.
 
     `positions` are where their patches begin in a bordered image, `places` are their numbers times

@@ -89,7 +89,8 @@ def _depthwise_squares(images: Any, grads: Any, axes: ThreeAxes) -> Any:
     images, grads = np.ascontiguousarray(images), np.ascontiguousarray(grads)
     out = np.zeros((math.prod(axes.kernel), grads.shape[-1]), dtype=images.dtype)
     if out.size and grads.size:
-        chunk, arguments = _cases_in_chunk(images, grads, axes), (images, grads, tuple(axes), out)
+        chunk = _cases_in_chunk(images, grads, axes)
+        arguments = (images, grads, tuple(axes), out)
         run_in_parts(
             lambda first, last: add_depthwise_squares(*arguments, first, last, chunk),
             count=out.shape[0],

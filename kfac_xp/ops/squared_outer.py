@@ -155,6 +155,8 @@ def _squares(inputs: Array, grads: Array, geometry: ConvGeometry, groups: int) -
     d = geometry.num_taps * channels
     chunk = _CHUNK_ELEMENTS // max(1, d * max(c_out // groups, num_locations))
     chunk = max(_FULL_SUM if num_locations == 1 else 1, chunk)
+    if groups == 1 and chunk >= num_cases:
+        return squared_outer(_patch_rows(inputs, geometry), grads)
     total = xp.zeros((d // groups, c_out), dtype=inputs.dtype, device=device_of(inputs))
     for start in range(0, num_cases, chunk):
         stop = min(start + chunk, num_cases)
@@ -329,6 +331,13 @@ def _accepts_on_cuda(*args: Any, groups: int = 1, **kwargs: Any) -> bool:
     return groups == 1 and _accepts(*args, **kwargs)
 
 
+def _few_locations(rows: Array, grads: Array) -> bool:
+    if rows.ndim != 3 or rows.shape[1] < 2:
+        return False
+    locations, d, c = rows.shape[1], rows.shape[-1], grads.shape[-1]
+    return (locations <= 16 and c >= 16) or (locations <= 64 and d * c >= 2**18)
+
+
 def _several_locations(inputs: Array, _: Array, geometry: ConvGeometry, **options: Any) -> bool:
     return geometry.num_locations(inputs.shape[1:-1]) > 1
 
@@ -336,12 +345,19 @@ def _several_locations(inputs: Array, _: Array, geometry: ConvGeometry, **option
 _ROWS = Condition(
     "arrays that are all float32 or all float64", lambda rows, grads: one_float(rows, grads)
 )
-_WINS = Condition("several locations", lambda rows, grads: rows.ndim == 3 and rows.shape[1] > 1)
+# Measured 1.2 to 14 times as fast. With one location the reference is a single product; with many
+# both do little else than multiply, and BLAS can use several threads for one product.
+_WINS = Condition(
+    "2 to 16 locations and at least 16 columns of `grads`, or up to 64 locations and 2**18 "
+    "entries of the result",
+    _few_locations,
+)
 squared_outer.register("numba", f"{CPU}.squared_outer:squared_outer", accepts=_ROWS, wins=_WINS)
 squared_outer.register(
     "cuda", f"{CUDA}.squared_outer:squared_outer", accepts=_ROWS, wins=UNMEASURED
 )
 
+# Measured 1.2 to 16 times as fast. With one location the reference is a single product.
 _WORDS = "arrays that are all float32 or all float64, with up to three spatial axes, not rotated"
 conv_squared_outer.register(
     "numba",
