@@ -309,8 +309,9 @@ def _check_rotations(pair: dict[str, Array], sizes: tuple[int, int], groups: int
 
 
 # ---------------------------------------------------------------------------------------------
-# Kernels. `wins` follows benchmarks/results: a region is named where every size measured in it
-# was at least 1.15 times as fast, with 1 and with 2 threads.
+# Kernels. `wins` follows benchmarks/results/squared-outer-cpu-2026-11-20.md: a region is named
+# where every size measured in it was at least 1.15 times as fast. The bits of the kernels do
+# not depend on the number of threads; the references' are those of the library's matrix product.
 
 
 def _accepts(
@@ -345,7 +346,7 @@ def _several_locations(inputs: Array, _: Array, geometry: ConvGeometry, **option
 _ROWS = Condition(
     "arrays that are all float32 or all float64", lambda rows, grads: one_float(rows, grads)
 )
-# Measured 1.2 to 14 times as fast. With one location the reference is a single product; with many
+# Measured 1.2 to 10 times as fast. With one location the reference is a single product; with many
 # both do little else than multiply, and BLAS can use several threads for one product.
 _WINS = Condition(
     "2 to 16 locations and at least 16 columns of `grads`, or up to 64 locations and 2**18 "
@@ -357,7 +358,7 @@ squared_outer.register(
     "cuda", f"{CUDA}.squared_outer:squared_outer", accepts=_ROWS, wins=UNMEASURED
 )
 
-# Measured 1.2 to 16 times as fast. With one location the reference is a single product.
+# Measured 1.25 to 24 times as fast. With one location the reference is a single product.
 _WORDS = "arrays that are all float32 or all float64, with up to three spatial axes, not rotated"
 conv_squared_outer.register(
     "numba",
