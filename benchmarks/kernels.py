@@ -78,6 +78,8 @@ ROWS = [
     (64, 4, 512, 10),
     (64, 4, 10, 512),
     (64, 4, 512, 16),
+    (256, 4, 27, 4),
+    (64, 8, 288, 2),
     (128, 4, 256, 256),
     (512, 8, 64, 64),
     (256, 8, 16, 512),
@@ -96,6 +98,9 @@ ROWS = [
     (64, 256, 27, 16),
     (16, 256, 288, 64),
     (64, 784, 9, 8),
+    (64, 784, 9, 2),
+    (16, 49, 4608, 512),
+    (4, 3136, 576, 64),
 ]
 # [N, *space, C], kernel, strides, dilation, C_out
 CONVOLUTIONS = [
@@ -121,11 +126,27 @@ CONVOLUTIONS = [
     ((64, 1, 1, 64), (1, 1), 1, 1, 64),
     ((64, 1, 1, 64), (3, 3), 1, 1, 64),
     ((64, 1, 2, 32), (3, 3), 1, 1, 10),
+    ((64, 2, 2, 512), (3, 3), 1, 1, 512),
+    ((32, 7, 7, 64), (3, 3), 1, 1, 64),
+    ((16, 7, 7, 512), (3, 3), 1, 1, 512),
+    ((16, 14, 14, 256), (3, 3), 1, 1, 256),
+    ((8, 28, 28, 128), (3, 3), 1, 1, 128),
+    ((8, 56, 56, 64), (3, 3), 1, 1, 64),
     ((16, 56, 56, 64), (3, 3), 2, 1, 64),
+    ((4, 112, 112, 3), (7, 7), 2, 1, 64),
+    ((64, 28, 28, 1), (3, 3), 1, 1, 2),
     ((32, 64, 16), (5,), 1, 1, 32),
     ((16, 128, 8), (7,), 2, 1, 16),
     ((4, 8, 8, 8, 4), (3, 3, 3), 1, 1, 8),
     ((2, 16, 16, 16, 16), (3, 3, 3), 1, 1, 16),
+]
+# The same with groups at the end
+GROUPED = [
+    ((32, 14, 14, 256), (3, 3), 1, 1, 256, 256),
+    ((32, 28, 28, 32), (3, 3), 1, 1, 64, 32),
+    ((64, 7, 7, 16), (3, 3), 2, 1, 16, 16),
+    ((32, 14, 14, 128), (3, 3), 1, 1, 128, 32),
+    ((32, 14, 14, 128), (3, 3), 1, 1, 128, 2),
 ]
 QUICK_ELEMENTS = 200_000
 
@@ -180,15 +201,19 @@ def cases() -> Iterator[tuple[KernelOp, str, str, Callable[[], object], int]]:
                 return squared_outer(rows, grads)
 
             yield squared_outer, f"N={n} T={t} D={d} C={c}", dtype, outer, n * t * max(d, c)
-        for shape, kernel, stride, dilation, c_out in CONVOLUTIONS:
+        for shape, kernel, stride, dilation, c_out, groups in [
+            *((*convolution, 1) for convolution in CONVOLUTIONS),
+            *GROUPED,
+        ]:
             inputs, geometry = normal(*shape), convolution(kernel, stride, dilation)
             grads = normal(shape[0], *geometry.output_shape(shape[1:-1]), c_out)
             size = shape[0] * geometry.num_locations(shape[1:-1]) * geometry.num_taps * shape[-1]
 
-            def conv(inputs=inputs, grads=grads, geometry=geometry) -> object:
-                return conv_squared_outer(inputs, grads, geometry, has_bias=True)
+            def conv(inputs=inputs, grads=grads, geometry=geometry, groups=groups) -> object:
+                return conv_squared_outer(inputs, grads, geometry, has_bias=True, groups=groups)
 
             case = f"{words(shape, kernel, stride, dilation)} to {c_out}"
+            case += f" in {groups} groups" if groups > 1 else ""
             yield conv_squared_outer, case, dtype, conv, size
 
 

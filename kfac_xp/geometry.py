@@ -125,6 +125,35 @@ class ConvGeometry:
         """Number of positions at which the filter is applied: ``prod(output_shape(space))``."""
         return math.prod(self.output_shape(space))
 
+    def without_padding_taps(
+        self, space: Sequence[int]
+    ) -> tuple[ConvGeometry, tuple[tuple[int, int], ...]]:
+        """The geometry without outer taps that meet nothing but padding, and what was left out.
+
+        At one pixel, a 3x3 filter is a 1x1 filter. Outputs are as many and read the same pixels;
+        the second result are the taps left out before and after each axis. (A tap stays where a
+        geometry without it would need padding below zero.)
+        """
+        pads, outs = self.pads(space), self.output_shape(space)
+        axes = zip(space, outs, pads, self.kernel, self.strides, self.dilation, strict=True)
+        dropped, padding = [], []
+        for n, out, (before, after), k, s, d in axes:
+            meets = [any(0 <= o * s + tap * d - before < n for o in range(out)) for tap in range(k)]
+            low, high = 0, 0
+            if any(meets):
+                low = min(meets.index(True), before // d)
+                high = meets[::-1].index(True)
+            last = (out - 1) * s + (k - 1 - high) * d - before
+            if high and last >= n - 1:
+                after = last - (n - 1)
+            else:
+                high = 0
+            dropped.append((low, high))
+            padding.append((before - low * d, after))
+        kernel = tuple(k - sum(ends) for k, ends in zip(self.kernel, dropped, strict=True))
+        cropped = ConvGeometry(kernel, self.strides, self.dilation, tuple(padding))
+        return cropped, tuple(dropped)
+
 
 def num_conv_locations(
     input_shape: Sequence[int],

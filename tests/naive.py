@@ -80,27 +80,47 @@ def squared_outer(rows, grads):
 
 
 def conv_squared_outer(
-    inputs, outputs_grad, kernel, strides, dilation, pads, has_bias=False, patch_mask=None
+    inputs,
+    outputs_grad,
+    kernel,
+    strides,
+    dilation,
+    pads,
+    has_bias=False,
+    patch_mask=None,
+    groups=1,
+    rotations=None,
 ):
     """The squares of each case's gradients of filter and bias, added up over cases.
 
-    The gradients follow the definition of the layer, without patches.
+    The gradients follow the definition of the layer, without patches. With `rotations` (u, v) they
+    are made matrices, the bias as last row, and turned to ``u^T gradient v`` before the square.
     """
     inputs = np.asarray(inputs, dtype=np.float64)
     grads = np.asarray(outputs_grad, dtype=np.float64)
     num_cases, *space, channels = inputs.shape
     out_shape = output_shape(space, kernel, strides, dilation, pads)
-    mask = np.ones((*kernel, channels)) if patch_mask is None else np.asarray(patch_mask)
-    weight_total = np.zeros((*kernel, channels, grads.shape[-1]))
-    bias_total = np.zeros((1, grads.shape[-1]))
+    c_out, c_in = grads.shape[-1], channels // groups
+    mask = np.ones((*kernel, c_in)) if patch_mask is None else np.asarray(patch_mask)
+    total = 0.0
     for n in range(num_cases):
-        weight, bias = np.zeros(weight_total.shape), np.zeros(bias_total.shape)
+        weight, bias = np.zeros((*kernel, c_in, c_out)), np.zeros((1, c_out))
         for location in np.ndindex(*out_shape):
             grad = grads[(n, *location)]
             bias += grad
             for tap, position in taps_inside(location, space, kernel, strides, dilation, pads):
-                weight[tap] += np.outer(mask[tap] * inputs[(n, *position)], grad)
-        weight_total += weight**2
-        bias_total += bias**2
-    total = weight_total.reshape(int(np.prod(kernel)) * channels, grads.shape[-1])
-    return np.concatenate([total, bias_total]) if has_bias else total
+                pixel = inputs[(n, *position)]
+                for c in range(c_out):
+                    first = c // (c_out // groups) * c_in
+                    weight[tap][:, c] += mask[tap] * pixel[first : first + c_in] * grad[c]
+        gradient = weight.reshape(-1, c_out)
+        if has_bias:
+            gradient = np.concatenate([gradient, bias])
+        if rotations is not None:
+            u, v = (np.asarray(r, dtype=np.float64) for r in rotations)
+            gradient = u.T @ gradient @ v
+        total = total + gradient**2
+    if num_cases == 0:
+        rows = int(np.prod(kernel)) * c_in + has_bias
+        return np.zeros((rows, c_out) if rotations is None else [u.shape[1] for u in rotations])
+    return total

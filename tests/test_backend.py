@@ -199,7 +199,7 @@ class TestRegistrations:
 
     @pytest.mark.parametrize(
         ("filter_", "padding", "chosen"),
-        [((3, 3), "SAME", "numba"), ((1, 1), "SAME", "reference"), ((4, 4), "VALID", "reference")],
+        [((3, 3), "SAME", "numba"), ((1, 1), "SAME", "numba"), ((4, 4), "VALID", "reference")],
     )
     def test_convolutions(self, filter_, padding, chosen):
         geometry = ConvGeometry.create(filter_, padding=padding)
@@ -211,6 +211,20 @@ class TestRegistrations:
         mask = np.ones((3, 3, 3), dtype=np.float32)
         text = explain(conv_squared_outer, IMAGES, np.ones((2, 4, 4, 5)), FILTER, patch_mask=mask)
         assert "all float32 or all float64" in text
+
+    def test_what_kernels_do_not_serve_is_refused(self, monkeypatch):
+        geometry, pair = ConvGeometry.create((1, 1)), (np.eye(3), np.eye(3))
+        rotated = explain(conv_squared_outer, IMAGES, IMAGES, geometry, rotations=pair)
+        assert rotated.startswith("conv_squared_outer: reference, because the numba kernel takes")
+        grouped = explain(conv_squared_outer, IMAGES, IMAGES, geometry, groups=3)
+        assert grouped.startswith("conv_squared_outer: numba")
+        monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
+        for options in ({"groups": 3}, {"rotations": pair}):
+            with (
+                use_backend("cuda"),
+                pytest.raises(ValueError, match="not rotated, without groups"),
+            ):
+                conv_squared_outer(IMAGES, IMAGES, geometry, **options)
 
     @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
     def test_cuda_is_never_picked_unmeasured(self, op, monkeypatch):

@@ -78,3 +78,15 @@ def test_channels_must_be_last():
         require_channels_last(good)
     with pytest.raises(ValueError, match="'NCHW'"):
         require_channels_last("NCHW")
+
+
+def test_taps_in_the_padding_are_left_out():
+    geometry = ConvGeometry.create((3, 3))
+    one_pixel, dropped = geometry.without_padding_taps((1, 1))
+    assert (one_pixel.kernel, dropped) == ((1, 1), ((1, 1), (1, 1)))
+    assert one_pixel.output_shape((1, 1)) == (1, 1)
+    row, dropped = geometry.without_padding_taps((1, 4))
+    assert (row.kernel, dropped) == ((1, 3), ((1, 1), (0, 0)))
+    assert geometry.without_padding_taps((2, 2))[1] == ((0, 0), (0, 0))
+    nowhere = ConvGeometry.create((3,), padding="VALID")
+    assert nowhere.without_padding_taps((2,))[1] == ((0, 0),)

@@ -1,6 +1,8 @@
 """Patches and squared outer products against explicit loops, in every library and backend."""
 
+import importlib
 import itertools
+import tracemalloc
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,7 +14,6 @@ from kfac_xp import (
     ConvGeometry,
     conv_squared_outer,
     extract_patches,
-    ops,
     squared_outer,
     use_backend,
 )
@@ -36,6 +37,9 @@ GEOMETRIES = {
     "2d-filter-covers-image": ((3, 4), 2, (3, 4), (1, 1), "VALID", (1, 1)),
     "2d-one-tap": ((3, 2), 3, (1, 1), (1, 1), "SAME", (1, 1)),
     "2d-one-pixel": ((1, 1), 1, (3, 3), (1, 1), "SAME", (1, 1)),
+    "2d-one-location": ((2, 3), 5, (4, 5), (3, 3), ((2, 2), (1, 1)), (1, 1)),
+    "2d-taps-in-padding": ((2, 3), 8, (5, 4), (1, 2), ((4, 4), (5, 3)), (2, 2)),
+    "2d-many-locations": ((17, 16), 2, (2, 1), (1, 1), "SAME", (1, 1)),
     "2d-one-element-axis": ((1, 5), 1, (1, 2), (1, 1), "SAME", (1, 1)),
     "2d-no-location": ((2, 3), 2, (3, 3), (1, 1), "VALID", (1, 1)),
     "3d": ((3, 4, 3), 2, (2, 2, 2), (1, 2, 1), "SAME", (1, 1, 1)),
@@ -48,6 +52,7 @@ ROWS = [
     (4, 7, 5, 3),
     (2, 4, 33, 17),
     (3, 5, 2, 20),
+    (2, 3, 80, 32),
     (1, 1, 1, 1),
     (2, 0, 3, 3),
     (0, 4, 3, 2),
@@ -65,9 +70,13 @@ SOME_GEOMETRIES = [
     pytest.param("2d-valid", marks=pytest.mark.more),
     "2d-asymmetric",
     "2d-one-pixel",
+    "2d-one-location",
+    "2d-taps-in-padding",
     "2d-no-location",
     "3d",
 ]
+# C_in, C_out, groups: depthwise, with two filters per channel, and in between
+GROUPS = [(4, 4, 4), (3, 6, 3), (6, 4, 2)]
 
 every_geometry = pytest.mark.parametrize("case", GEOMETRIES)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -124,15 +133,45 @@ def check_squared_outer(xp, rng, shape, dtype, backend):
     assert_is(out, naive.squared_outer(rows, grads), dtype)
 
 
-def check_conv_squared_outer(xp, rng, case, dtype, backend, bias, masked, num_cases=3):
-    geometry, plain, inputs, grads, mask = layer(case, rng, dtype, num_cases)
-    given_mask = {"patch_mask": xp.asarray(mask)} if masked else {}
+def check_conv_squared_outer(
+    xp, rng, case, dtype, backend, bias, masked, num_cases=3, c_out=4, rotated=False
+):
+    geometry, plain, inputs, grads, mask = layer(case, rng, dtype, num_cases, c_out)
+    options = {"has_bias": bias}
+    if masked:
+        options["patch_mask"] = mask
+    if rotated:
+        d = geometry.num_taps * inputs.shape[-1] + bias
+        pair = rng.standard_normal((d, 7)), rng.standard_normal((c_out, 3))
+        options["rotations"] = tuple(u.astype(dtype) for u in pair)
     with forced(backend):
         out = conv_squared_outer(
-            xp.asarray(inputs), xp.asarray(grads), geometry, has_bias=bias, **given_mask
+            xp.asarray(inputs), xp.asarray(grads), geometry, **as_arrays(xp, options)
         )
-    expected = naive.conv_squared_outer(inputs, grads, *plain, bias, mask if masked else None)
-    assert_is(out, expected, dtype)
+    assert_is(out, naive.conv_squared_outer(inputs, grads, *plain, **options), dtype)
+
+
+def check_groups(xp, rng, channels, dtype, backend):
+    """A strided convolution in groups, with a bias and a mask."""
+    c_in, c_out, groups = channels
+    space, kernel, strides, dilation = (5, 4), (3, 2), (2, 1), (1, 1)
+    geometry = ConvGeometry.create(kernel, strides)
+    plain = plain_geometry(space, kernel, strides, "SAME", dilation)
+    inputs = rng.standard_normal((3, *space, c_in)).astype(dtype)
+    grads = rng.standard_normal((3, 3, 4, c_out)).astype(dtype)
+    mask = rng.standard_normal((*kernel, c_in // groups)).astype(dtype)
+    options = {"has_bias": True, "patch_mask": mask, "groups": groups}
+    with forced(backend):
+        out = conv_squared_outer(
+            xp.asarray(inputs), xp.asarray(grads), geometry, **as_arrays(xp, options)
+        )
+    assert_is(out, naive.conv_squared_outer(inputs, grads, *plain, **options), dtype)
+
+
+def as_arrays(xp, options):
+    """Options with arrays of the library in place of NumPy's."""
+    convert = {"patch_mask": xp.asarray, "rotations": lambda pair: tuple(map(xp.asarray, pair))}
+    return {name: convert.get(name, lambda x: x)(value) for name, value in options.items()}
 
 
 @reference_or_picked
@@ -154,6 +193,20 @@ class TestEveryLibrary:
 
     def test_conv_squared_outer_without_options(self, xp, rng, dtype, backend):
         check_conv_squared_outer(xp, rng, "2d", dtype, backend, bias=False, masked=False)
+
+    @pytest.mark.parametrize("channels", GROUPS)
+    def test_groups(self, xp, rng, channels, dtype, backend):
+        check_groups(xp, rng, channels, dtype, backend)
+
+    # Fewer locations than outputs, more of them, more than rotated inputs, and the patch as it is.
+    @pytest.mark.parametrize(
+        ("case", "c_out"), [("1d", 8), ("1d-valid-strided", 2), ("2d", 4), ("2d-one-tap", 4)]
+    )
+    def test_rotations(self, xp, rng, case, c_out, dtype, backend):
+        for bias in (False, True):
+            check_conv_squared_outer(
+                *(xp, rng, case, dtype, backend, bias), masked=bias, c_out=c_out, rotated=True
+            )
 
     def test_empty_batch(self, xp, rng, dtype, backend):
         check_patches(xp, rng, "2d", dtype, backend, num_cases=0)
@@ -178,28 +231,72 @@ class TestNumPy:
     def test_conv_squared_outer(self, rng, case, dtype, backend, bias, masked):
         check_conv_squared_outer(np, rng, case, dtype, backend, bias, masked)
 
+    @pytest.mark.parametrize("channels", GROUPS)
+    def test_groups(self, rng, channels, dtype, backend):
+        check_groups(np, rng, channels, dtype, backend)
+
+    @pytest.mark.parametrize("c_out", [16, 21, 40])
+    @pytest.mark.parametrize("case", ["2d", "2d-many-channels", "2d-many-locations"])
+    def test_several_vectors_of_columns(self, rng, case, c_out, dtype, backend):
+        check_conv_squared_outer(np, rng, case, dtype, backend, True, True, c_out=c_out)
+
     def test_empty_batch(self, rng, dtype, backend):
         check_patches(np, rng, "2d", dtype, backend, num_cases=0)
         check_conv_squared_outer(np, rng, "2d", dtype, backend, True, True, num_cases=0)
 
 
-@pytest.mark.parametrize("cases_in_tile", [1, 2])
-def test_kernels_in_several_tiles(rng, monkeypatch, cases_in_tile):
-    """Of three cases: tiles of one, and a tile of two with a rest of one."""
+@pytest.mark.parametrize("cases_in_chunk", [1, 2])
+def test_kernels_in_several_chunks(rng, monkeypatch, cases_in_chunk):
+    """Of three cases: chunks of one, and a chunk of two with a rest of one."""
     from kfac_xp.kernels.cpu import squared_outer as kernels
 
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", cases_in_tile * 15 * 4)
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", cases_in_chunk * 6 * (15 + 4))
     check_squared_outer(np, rng, (3, 6, 15, 4), "float64", "numba")
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", cases_in_tile * 18 * (5 * 6 + 4))
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", cases_in_chunk * (7 * 8 * 2 + 5 * 6 * 4))
     check_conv_squared_outer(np, rng, "2d", "float64", "numba", bias=True, masked=True)
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", cases_in_chunk * (7 * 5 * 3 + 3 * 4 * 6))
+    check_groups(np, rng, (3, 6, 3), "float64", "numba")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_reference_in_several_chunks(rng, monkeypatch, dtype):
-    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2 * 15 * 4)
+    reference = importlib.import_module("kfac_xp.ops.squared_outer")
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 2 * 15 * 4)
     check_squared_outer(np, rng, (3, 6, 15, 4), dtype, "reference")
-    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 2 * 18 * 5 * 6)
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 2 * 18 * 5 * 6)
     check_conv_squared_outer(np, rng, "2d", dtype, "reference", bias=True, masked=True)
+    monkeypatch.setattr(reference, "_FULL_SUM", 2)
+    check_conv_squared_outer(np, rng, "2d-one-pixel", dtype, "reference", True, True)
+    monkeypatch.setattr(reference, "_ROTATED_ELEMENTS", 2 * 18 * 5 * 6)
+    check_conv_squared_outer(np, rng, "2d", dtype, "reference", True, True, rotated=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "rotated"), [("reference", False), ("numba", False), ("reference", True)]
+)
+def test_memory_does_not_grow_with_the_cases(rng, backend, rotated):
+    geometry, peaks = ConvGeometry.create((3, 3)), []
+    options = {"rotations": (rng.normal(size=(72, 72)), rng.normal(size=(8, 8)))} if rotated else {}
+    for num_cases in (600, 1200):
+        images = rng.normal(size=(num_cases, 8, 8, 8))
+        with use_backend(backend):
+            conv_squared_outer(images[:1], images[:1], geometry, **options)
+            tracemalloc.start()
+            conv_squared_outer(images, images, geometry, **options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < images.nbytes / 4  # patches are 9 times the images
+
+
+def test_chunks_of_the_kernel_are_bounded():
+    from kfac_xp.kernels.cpu import squared_outer as kernels
+
+    axes = kernels.three_axes(ConvGeometry.create((3, 3)), (8, 8))
+    chunks = {
+        kernels._cases_in_chunk(np.empty((n, 1, 8, 8, 8)), np.empty((n, 64, 8)), axes)
+        for n in (200, 1000)
+    }
+    assert chunks == {kernels._CHUNK_ELEMENTS // (10 * 10 * 8 + 64 * 8)}
 
 
 @pytest.mark.gpu
@@ -270,6 +367,26 @@ def test_any_geometry(convolution):
     for backend in ("numba", "reference"):
         with use_backend(backend):
             np.testing.assert_array_equal(extract_patches(inputs, geometry), expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(convolutions(), st.sampled_from(["reference", "numba"]))
+def test_squares_of_any_geometry(convolution, backend):
+    space, kernel, strides, padding, dilation, channels, num_cases = convolution
+    geometry = ConvGeometry.create(kernel, strides, padding, dilation)
+    plain = plain_geometry(space, kernel, strides, padding, dilation)
+    out = geometry.output_shape(space)
+    # Whole numbers: every sum is exact.
+    inputs = np.arange(num_cases * np.prod(space) * channels) % 7 - 2.0
+    grads = np.arange(num_cases * np.prod(out) * 2) % 5 - 1.0
+    inputs, grads = inputs.reshape(num_cases, *space, channels), grads.reshape(num_cases, *out, 2)
+    with use_backend(backend):
+        result = conv_squared_outer(inputs, grads, geometry)
+    # Patches are checked against the loops above.
+    locations = geometry.num_locations(space)
+    patches = naive.extract_patches(inputs, *plain).reshape(num_cases, locations, len(result))
+    expected = naive.squared_outer(patches, grads.reshape(num_cases, locations, 2))
+    np.testing.assert_array_equal(result, expected)
 
 
 class TestHalfPrecision:
@@ -404,6 +521,23 @@ class TestBadArguments:
             conv_squared_outer(
                 self.images, np.zeros((2, 4, 5, 1)), self.geometry, patch_mask=np.zeros(shape)
             )
+
+    @pytest.mark.parametrize("groups", [0, 2, 5])
+    def test_groups_that_do_not_divide(self, groups):
+        with pytest.raises(ValueError, match=r"`groups` must divide the 3 channels"):
+            conv_squared_outer(self.images, np.zeros((2, 4, 5, 6)), self.geometry, groups=groups)
+
+    def test_rotations_of_another_layer(self):
+        grads = np.zeros((2, 4, 5, 6))
+        for shapes in (((27, 2), (6, 6)), ((28, 2), (5, 6)), ((28, 2),), ((28,), (6, 6))):
+            rotations = tuple(map(np.zeros, shapes))
+            with pytest.raises(ValueError, match=r"`rotations` must be two matrices of 28 rows"):
+                conv_squared_outer(
+                    self.images, grads, self.geometry, has_bias=True, rotations=rotations
+                )
+        rotations = np.zeros((9, 9)), np.zeros((6, 6))
+        with pytest.raises(ValueError, match=r"need `groups`=1; got 3 groups"):
+            conv_squared_outer(self.images, grads, self.geometry, groups=3, rotations=rotations)
 
     def test_arrays_of_two_libraries(self):
         torch = pytest.importorskip("torch", reason="PyTorch is not installed")

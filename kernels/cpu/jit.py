@@ -23,9 +23,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The cache of a kernel is renewed when its own file changes, and only then: compiled helpers of
     a kernel belong in the kernel's file.
 
-    Kernels are serial. Threads gained nothing on the cores measured (benchmarks/results), waking
-    them can cost more than a small call, and one of Numba's threading layers ends the process when
-    two Python threads enter parallel kernels.
+    Kernels are serial: waking Numba's threads can cost more than a small call, and one of its
+    threading layers ends the process when two Python threads enter parallel kernels. What gains
+    from threads takes Python's (`threads`).
     """
     try:
         return njit(cache=True, **_OPTIONS)(function)

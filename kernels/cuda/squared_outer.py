@@ -37,8 +37,10 @@ def conv_squared_outer(
     *,
     has_bias: bool = False,
     patch_mask: Any | None = None,
+    groups: int = 1,
+    rotations: Any | None = None,
 ) -> Any:
-    """See ``kfac_xp.ops.conv_squared_outer``."""
+    """See ``kfac_xp.ops.conv_squared_outer``. The registry keeps groups and rotations from it."""
     import cupy
 
     num_cases, *space, channels = inputs.shape

@@ -1,0 +1,24 @@
+"""Operations on arrays that kernels may replace: patches and squared outer products.
+
+Each op is its Array API reference; the registrations beside it name the kernels. Ops return sums
+over cases; dividing by the number of cases is the business of ``moments``.
+"""
+
+from kfac_xp.ops.patches import (
+    extract_convolution_patches,
+    extract_image_patches,
+    extract_patches,
+    extract_pointwise_conv2d_patches,
+    require_images,
+)
+from kfac_xp.ops.squared_outer import conv_squared_outer, squared_outer
+
+__all__ = [
+    "conv_squared_outer",
+    "extract_convolution_patches",
+    "extract_image_patches",
+    "extract_patches",
+    "extract_pointwise_conv2d_patches",
+    "require_images",
+    "squared_outer",
+]
