@@ -32,11 +32,15 @@ class Axis:
     window
         The locations ``start <= o < stop`` that count, or None for all, those included where the
         filter hangs over the border.
+    read
+        The part of its pixels that a phase's most central tap reads from the window; the least
+        over phases.
     """
 
     size: int
     shifts: tuple[int, ...]
     window: tuple[int, int] | None
+    read: float = 1.0
 
     @property
     def reaching(self) -> tuple[int, int]:
@@ -59,13 +63,6 @@ class Axis:
         first, last = self.reaching
         start, stop = self.window
         return itertools.chain(range(first, min(start, last)), range(max(stop, first), last))
-
-    @property
-    def most_read(self) -> float:
-        """The largest part of the positions that one tap reads from the locations that count."""
-        first, last = self.locations
-        counts = (min(last + s, self.size) - max(first + s, 0) for s in self.shifts)
-        return max(0, *counts) / self.size
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -131,11 +128,11 @@ class TapGrid:
     def has_correlations(self) -> bool:
         """True if correlations over all locations serve.
 
-        For that two taps must read at different shifts; and one tap must read half of all
-        positions: otherwise more would be subtracted than remains, and rounding with it.
+        For that two taps must read at different shifts; and of each phase one tap must read half
+        of the pixels: otherwise more would be subtracted than remains, and rounding with it.
         """
-        most_read = math.prod(axis.most_read for axis in self.axes)
-        return most_read >= 0.5 and any(len(axis.offsets) > 1 for axis in self.axes)
+        read = math.prod(axis.read for axis in self.axes if axis.window is not None)
+        return read >= 0.5 and any(len(axis.offsets) > 1 for axis in self.axes)
 
     @functools.cached_property
     def shifts(self) -> list[tuple[int, ...]]:
@@ -310,7 +307,16 @@ def _axis_of(
         else PhaseCut(high - low, 0, 0, 1, 0)
         for first, last, start in spans
     )
-    axis = Axis(high - low, tuple(shift - low for shift, _ in taps), (0, out))
+    read = min(
+        max(
+            max(0, min(last, out + shift) - max(first, shift)) / (last - first)
+            for shift, tap_phase in taps
+            if tap_phase == phase
+        )
+        for phase, (first, last, _) in zip(used, spans, strict=True)
+        if last > first
+    )
+    axis = Axis(high - low, tuple(shift - low for shift, _ in taps), (0, out), read)
     return axis, cuts, tuple(used.index(phase) for _, phase in taps)
 
 
