@@ -158,8 +158,8 @@ class PatchCovariance:
         plans = plans_for(geometry, tuple(space), sizes, current())
         if method not in (None, "chunked", *plans):
             raise ValueError(
-                f"`method` {method!r} needs two taps that read the same pixels, and one that reads "
-                f"half of all; {geometry} on images of spatial shape {tuple(space)} has not. "
+                f"`method` {method!r} needs taps that read the same pixels, all of these, and one "
+                f"that reads half; {geometry} on images of spatial shape {tuple(space)} has not. "
                 "Use 'chunked', or None."
             )
         if not plans:

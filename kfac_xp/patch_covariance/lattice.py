@@ -33,8 +33,8 @@ class Axis:
         The locations ``start <= o < stop`` that count, or None for all, those included where the
         filter hangs over the border.
     read
-        The part of its pixels that a phase's most central tap reads from the window; the least
-        over phases.
+        The part of its pixels that a phase's most central tap reads from the window, or 0 if no
+        tap reads one of them; the least over phases.
     """
 
     size: int
@@ -128,8 +128,9 @@ class TapGrid:
     def has_correlations(self) -> bool:
         """True if correlations over all locations serve.
 
-        For that two taps must read at different shifts; and of each phase one tap must read half
-        of the pixels: otherwise more would be subtracted than remains, and rounding with it.
+        For that two taps must read at different shifts. And of each phase all pixels must be read,
+        half of them by one tap: otherwise more would be subtracted than remains, and rounding
+        with it.
         """
         read = math.prod(axis.read for axis in self.axes if axis.window is not None)
         return read >= 0.5 and any(len(axis.offsets) > 1 for axis in self.axes)
@@ -295,10 +296,10 @@ def _axis_of(
         reach = out + max(shift for shift, tap_phase in taps if tap_phase == phase)
         last = min(first - (start - size) // stride, reach)
         spans.append((first, max(first, last), start))
-    read = [(first, last) for first, last, _ in spans if last > first]
-    if not read:
+    filled = [(first, last) for first, last, _ in spans if last > first]
+    if not filled:
         return None
-    low, high = min(first for first, _ in read), max(last for _, last in read)
+    low, high = min(first for first, _ in filled), max(last for _, last in filled)
     cuts = tuple(
         PhaseCut(
             first - low, start, min(size, start + stride * (last - first)), stride, high - last
@@ -307,17 +308,22 @@ def _axis_of(
         else PhaseCut(high - low, 0, 0, 1, 0)
         for first, last, start in spans
     )
+    shifts_of = {phase: [shift for shift, p in taps if p == phase] for phase in used}
     read = min(
-        max(
-            max(0, min(last, out + shift) - max(first, shift)) / (last - first)
-            for shift, tap_phase in taps
-            if tap_phase == phase
-        )
+        _part_read(range(first, last), [range(shift, out + shift) for shift in shifts_of[phase]])
         for phase, (first, last, _) in zip(used, spans, strict=True)
         if last > first
     )
     axis = Axis(high - low, tuple(shift - low for shift, _ in taps), (0, out), read)
     return axis, cuts, tuple(used.index(phase) for _, phase in taps)
+
+
+def _part_read(pixels: range, reads: list[range]) -> float:
+    """The largest part of the pixels that one tap reads; 0 if a pixel is read by none."""
+    if set(pixels) - set().union(*reads):
+        return 0.0
+    counts = (min(pixels.stop, r.stop) - max(pixels.start, r.start) for r in reads)
+    return max(0, *counts) / len(pixels)
 
 
 def _flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
