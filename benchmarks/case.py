@@ -26,6 +26,8 @@ class Program:
         What kfac_xp gives for the random draws that the call made itself, by name. None: the
         arrays must be those of the implementation `OURS`. Names on either side alone are not
         compared: what they are is another quantity, or none.
+    note
+        What is only known of a program once it is built, such as the method that it will take.
     warm_up
         A small problem of the same kind that loads and compiles everything, run before memory is
         measured, so that the first call counts with all that it keeps. None: the call itself.
@@ -35,6 +37,7 @@ class Program:
     arrays: Callable[[Any], Arrays] | None = None
     expected: Callable[[], Arrays] | None = None
     warm_up: Callable[[], Any] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

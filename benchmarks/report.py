@@ -83,7 +83,8 @@ def case_lines(case: Case, results: Results, verdicts: Iterable[Verdict]) -> Ite
         if name == OURS and case.memory_limit is not None and m.memory is not None:
             words.setdefault(name, []).append(memory_words(case, m.memory))
         error = "" if m.error is None else f"{m.error:.0e}"
-        cells = (name, milliseconds(m), ratio, memory, error, "; ".join(words.get(name, [])))
+        label = f"{name} ({m.note})" if m.note else name
+        cells = (label, milliseconds(m), ratio, memory, error, "; ".join(words.get(name, [])))
         yield f"| {' | '.join(cells)} |"
 
 
@@ -159,7 +160,7 @@ def as_json(case: Case, results: Results, verdicts: Iterable[Verdict]) -> dict[s
         "implementations": {
             name: {
                 "skipped": m.skipped,
-                "note": m.implementation.note,
+                "note": m.note,
                 "relative_error": m.error,
                 "extra_memory": m.memory,
                 "seconds": {str(i): t for i, t in m.turns.items()},

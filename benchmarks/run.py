@@ -12,6 +12,7 @@ measured and how is in ``docs/benchmarks.md``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -54,6 +55,9 @@ def main() -> None:
         peer: why_absent(peer) if peer in peers or peer in ALWAYS else "not asked for"
         for peer in PEERS
     }
+    effort = timing.QUICK if args.quick else timing.FULL
+    if args.limit is not None:
+        effort = dataclasses.replace(effort, limit=args.limit)
     lines, found = [], []
 
     def say(line: str) -> None:
@@ -70,7 +74,7 @@ def main() -> None:
         results = timing.measure(
             case,
             implementations,
-            timing.QUICK if args.quick else timing.FULL,
+            effort,
             memory_of=only_ours[:1] if args.quick else tuple(implementations),
         )
         judged = report.verdicts(case, results)
@@ -95,6 +99,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--peers", metavar="A,B", help="only these, beside ours and the floors")
     parser.add_argument("--threads", type=int, default=2, help="and cores, of every library")
     parser.add_argument("--quick", action="store_true", help="few small cases, few repeats")
+    parser.add_argument("--limit", type=float, metavar="S", help="give up a call after S seconds")
     parser.add_argument("--json", metavar="FILE", help="write all measurements")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     return parser.parse_args()

@@ -32,8 +32,8 @@ class Effort:
     """Seconds after which building, or a first call, is given up."""
 
 
-FULL = Effort(min_rounds=3, max_rounds=15, seconds=6.0, limit=120.0)
-QUICK = Effort(min_rounds=2, max_rounds=3, seconds=0.5, limit=30.0)
+FULL = Effort(min_rounds=3, max_rounds=15, seconds=6.0, limit=60.0)
+QUICK = Effort(min_rounds=2, max_rounds=3, seconds=0.5, limit=20.0)
 
 
 class GivenUpError(Exception):
@@ -86,6 +86,7 @@ class Measurement:
     """What was found out about one implementation of a case."""
 
     implementation: Implementation
+    note: str = ""
     skipped: str = ""
     error: float | None = None
     memory: int | None = None
@@ -107,7 +108,7 @@ def measure(
 ) -> dict[str, Measurement]:
     """Check, time and weigh the implementations of a case: ``{name: why it is left out or ""}``."""
     results = {
-        name: Measurement(case.implementation(name), skipped=reason)
+        name: Measurement(i := case.implementation(name), note=i.note, skipped=reason)
         for name, reason in implementations.items()
     }
     workers = {}
@@ -134,7 +135,7 @@ def _check(
     seconds = {}
     for name in list(workers):
         try:
-            workers[name].wait("building")
+            results[name].note += workers[name].wait("building")
             seconds[name], arrays, expected = workers[name].ask("check")
             if name == OURS:
                 ours = arrays

@@ -23,7 +23,7 @@ def serve(connection: Connection, case_name: str, implementation_name: str) -> N
 
         program = find_case(case_name).implementation(implementation_name).build()
         commands = {"check": check, "time": time_calls, "memory": memory}
-        connection.send(("ok", None))
+        connection.send(("ok", program.note))
         while (message := connection.recv())[0] != "stop":
             command, *arguments = message
             connection.send(("ok", commands[command](program, *arguments)))

@@ -73,7 +73,7 @@ def test_the_runner_lists_its_cases(monkeypatch, capsys):
 
 def test_the_runner_measures_a_case_and_writes_it_down(tmp_path):
     found, table = tmp_path / "found.json", tmp_path / "table.md"
-    options = ("--quick", "--threads", 1, "--peers", "numpy", "--json", found, "--markdown", table)
+    options = ("--quick", "--threads", 2, "--peers", "numpy", "--json", found, "--markdown", table)
     command = [sys.executable, "-m", "benchmarks.run", "--case", TINY, *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -111,9 +111,11 @@ def served(monkeypatch):
 
 def test_a_worker_checks_times_and_stops(served):
     calls = []
-    program = Program(lambda: calls.append(1) or len(calls), lambda n: {"n": np.asarray(n)})
+    program = Program(
+        lambda: calls.append(1) or len(calls), lambda n: {"n": np.asarray(n)}, note="words"
+    )
     connection = served(program)
-    assert connection.recv() == ("ok", None)
+    assert connection.recv() == ("ok", "words")
     connection.send(("check",))
     state, (seconds, arrays, expected) = connection.recv()
     assert (state, arrays, expected) == ("ok", {"n": 1}, None)
@@ -141,7 +143,7 @@ class FakeWorker:
         self.answer, self.is_stopped = (0.1, arrays, expected), False
 
     def wait(self, what):
-        return None
+        return ""
 
     def ask(self, *message):
         return self.answer
