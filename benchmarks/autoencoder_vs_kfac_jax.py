@@ -42,6 +42,8 @@ import deep_autoencoder as example  # noqa: E402
 from autoencoder import Autoencoder, Params, cross_entropy  # noqa: E402
 
 SIDES = {"kfac_xp": ("numpy",), "kfac_jax": ("kfac-jax", "jax")}
+EVALUATE_EVERY = 2
+CYCLE = 10  # steps: one update of the inverses is among them
 LEVELS = (200, 150, 120, 100, 80, 60, 50, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2, 1)
 DISCARDED_STEPS = 11  # every kind of step is among them
 
@@ -148,11 +150,12 @@ def run(side: str, task: example.Task, steps: int, seed: int, burnin: int, path:
         start = time.perf_counter()
         params, damping = step(params, batch)
         seconds += time.perf_counter() - start
-        if i % example.EVALUATE_EVERY == 0:
+        if i % CYCLE == 0:
             cycles.append(seconds)
-            evaluate(params, i, sum(cycles), damping)
             seconds = 0.0
-    per_step = statistics.median(cycles) / example.EVALUATE_EVERY
+        if i % EVALUATE_EVERY == 0:
+            evaluate(params, i, float("nan"), damping)
+    per_step = statistics.median(cycles) / CYCLE
     curve["seconds"] = [i * per_step for i in curve["steps"]]
     np.savez(path, **curve)
 
@@ -165,7 +168,8 @@ def in_own_process(side: str, seed: int, args: argparse.Namespace, folder: str) 
     path = Path(folder) / f"{side}-{seed}.npz"
     command = [sys.executable, __file__, "--side", side, "--seeds", str(seed), "--result", path]
     command += ["--steps", args.steps, "--threads", args.threads, "--burnin", args.burnin]
-    command += ["--damping", args.damping, "--part", args.part] + ["--small"] * args.small
+    command += ["--damping", args.damping, "--part", args.part]
+    command += ["--min-damping", args.min_damping] + ["--small"] * args.small
     limits = {
         name: str(args.threads)
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -217,11 +221,13 @@ def main() -> None:
     parser.add_argument("--burnin", type=int, default=0, help="burn-in steps of kfac-jax")
     parser.add_argument("--damping", type=float, default=example.DAMPING, help="at the start")
     parser.add_argument("--part", type=int, default=example.CURVATURE_PART, help="of kfac_xp")
+    parser.add_argument("--min-damping", type=float, default=example.MIN_DAMPING, help="of kfac_xp")
     parser.add_argument("--results", help="folder to keep the curves in, as npz files")
     parser.add_argument("--side", choices=MAKERS, help=argparse.SUPPRESS)  # of a child
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    example.DAMPING, example.CURVATURE_PART = args.damping, args.part
+    example.DAMPING, example.MIN_DAMPING = args.damping, args.min_damping
+    example.CURVATURE_PART = args.part
     task = example.SMALL if args.small else example.FULL
     if args.side:
         if hasattr(os, "sched_setaffinity"):

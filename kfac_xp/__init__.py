@@ -115,6 +115,7 @@ from kfac_xp.params import (
     tensors_to_column,
     vectors_to_flat,
 )
+from kfac_xp.patch_covariance import Rates, calibrate, patch_covariance
 from kfac_xp.randomness import generate_random_signs
 from kfac_xp.representations import PackagedFunc
 from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
@@ -124,7 +125,9 @@ __version__ = "0.1.0"
 __all__ = [
     # arrays and ops
     "ConvGeometry",
+    "Rates",
     "append_homog",
+    "calibrate",
     "compute_cov",
     "conv_squared_outer",
     "explain",
@@ -135,6 +138,7 @@ __all__ = [
     "generate_random_signs",
     "kronecker_product",
     "num_conv_locations",
+    "patch_covariance",
     "posdef_eig",
     "posdef_inv",
     "squared_outer",

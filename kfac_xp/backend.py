@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import array_api_compat
 
@@ -110,6 +110,11 @@ def statistics_dtype(x: Array, dtype: Any = None) -> Any:
     if not xp.isdtype(x.dtype, "real floating"):
         raise TypeError(f"expected a real floating array, got dtype {x.dtype}. Convert it first.")
     return xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
+
+
+def itemsize(x: Array) -> int:
+    """Bytes of one element of a real floating array."""
+    return array_namespace(x).finfo(x.dtype).bits // 8
 
 
 def cast(x: Array, dtype: Any) -> Array:
@@ -271,7 +276,14 @@ class KernelOp:
         return None, refusal or f"there is no {backend} kernel for it"
 
 
-def explain(op: KernelOp, *args: Any, **kwargs: Any) -> str:
+class Explains(Protocol):
+    """Anything that has several ways to compute its result: a `KernelOp`, `patch_covariance`."""
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """Which one would run on these arguments, and why."""
+
+
+def explain(op: Explains, *args: Any, **kwargs: Any) -> str:
     """Say which implementation of `op` would run on these arguments, and why.
 
     >>> import numpy as np, kfac_xp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Padding = str | Sequence[Sequence[int]]
 
@@ -106,6 +106,20 @@ class ConvGeometry:
             )
         )
         return tuple((total // 2, total - total // 2) for total in totals)
+
+    def lines(self, space: Sequence[int], start: int, stop: int) -> tuple[int, int, ConvGeometry]:
+        """The part of the images that locations ``start <= o < stop`` of the first axis read.
+
+        As its first and past-the-last position along that axis, and the geometry by which it has
+        these locations.
+        """
+        size = space[0]
+        (before, _), *others = self.pads(space)
+        first = start * self.strides[0] - before
+        last = (stop - 1) * self.strides[0] + self.extent[0] - before
+        inside = min(max(first, 0), size), min(max(last, 0), size)
+        own = (inside[0] - first, last - inside[1])
+        return *inside, replace(self, padding=(own, *others))
 
     def num_locations(self, space: Sequence[int]) -> int:
         """Number of positions at which the filter is applied: ``prod(output_shape(space))``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
@@ -35,7 +35,7 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     # half the work of a general product.
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
     if not scale_rows:
-        cov = cov / n
+        cov /= n
     # That update writes one triangle and copies it, so its result is exactly symmetric.
     return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
 
@@ -50,6 +50,40 @@ def append_homog(x: Array, homog_value: float = 1.0) -> Array:
     xp = array_namespace(x)
     ones = xp.full((*x.shape[:-1], 1), homog_value, dtype=x.dtype, device=device_of(x))
     return xp.concat([x, ones], axis=-1)
+
+
+def pad_with_zeros(images: Array, pads: Sequence[tuple[int, int]]) -> Array:
+    """Zeros (before, after) each axis that follows the first; `images` itself if there are none."""
+    if not any(map(any, pads)):
+        return images
+    xp = array_namespace(images)
+    if array_api_compat.is_numpy_array(images):  # one pass, in place of one per axis
+        inner = tuple(slice(b, b + n) for (b, _), n in zip(pads, images.shape[1:], strict=False))
+        shape = list(images.shape)
+        for axis, (before, after) in enumerate(pads, start=1):
+            shape[axis] += before + after
+        padded = np.zeros(shape, dtype=images.dtype)
+        padded[(slice(None), *inner)] = images
+        return padded
+    for axis, widths in enumerate(pads, start=1):
+        if any(widths):
+            zeros_before, zeros_after = (
+                xp.zeros(
+                    (*images.shape[:axis], width, *images.shape[axis + 1 :]),
+                    dtype=images.dtype,
+                    device=device_of(images),
+                )
+                for width in widths
+            )
+            images = xp.concat([zeros_before, images, zeros_after], axis=axis)
+    return images
+
+
+def bordered(x: Array, last: Array) -> Array:
+    """The matrix [d, d] with a row and a column appended, both `last` [d + 1]."""
+    xp = array_namespace(x, last)
+    wider = xp.concat([x, last[:-1, None]], axis=1)
+    return xp.concat([wider, last[None, :]], axis=0)
 
 
 def bincount(ids: Array, num_bins: int, like: Array) -> Array:
@@ -82,6 +116,14 @@ def add_rows(rows: Array, indices: Array, num_rows: int) -> Array:
         return total
     bins = xp.arange(num_rows, dtype=indices.dtype, device=device_of(rows))
     return xp.matmul(xp.astype(bins[:, None] == indices[None, :], rows.dtype), rows)
+
+
+def subtract_at(x: Array, index: tuple[slice | int, ...], y: Array) -> Array:
+    """`x` with `y` subtracted at an index. In place where the library can: `x` is given away."""
+    if array_api_compat.is_jax_array(x):
+        return x.at[index].add(-y)
+    x[index] -= y
+    return x
 
 
 def kron(a: Array, b: Array) -> Array:

@@ -14,6 +14,7 @@ from kfac_xp.backend import array_namespace
 from kfac_xp.geometry import ConvGeometry
 from kfac_xp.linalg import append_homog, bincount, compute_cov
 from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
+from kfac_xp.patch_covariance import patch_covariance
 from kfac_xp.typing import Array
 
 
@@ -222,11 +223,13 @@ class ConvInputMoment:
 
         Patches are numbered by case and location; the average is over those kept.
         """
+        if kept is None:
+            return patch_covariance(
+                inputs, self.geometry, has_bias=self.has_bias, patch_mask=patch_mask
+            )
         xp = array_namespace(inputs)
         patches = extract_patches(inputs, self.geometry)
-        rows = xp.reshape(patches, (-1, patches.shape[-1]))
-        if kept is not None:
-            rows = xp.take(rows, kept, axis=0)
+        rows = xp.take(xp.reshape(patches, (-1, patches.shape[-1])), kept, axis=0)
         if patch_mask is not None:
             rows = rows * xp.reshape(patch_mask, (-1,))
         return compute_cov(append_homog(rows) if self.has_bias else rows)

@@ -20,7 +20,7 @@ from kfac_xp.backend import (
     require_one_place,
 )
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
-from kfac_xp.linalg import append_homog
+from kfac_xp.linalg import append_homog, pad_with_zeros
 from kfac_xp.typing import Array
 
 # Per-case gradients held at a time by the references, in elements: small enough for the cache,
@@ -55,7 +55,7 @@ def extract_patches(inputs: Array, geometry: ConvGeometry) -> Array:
     xp = array_namespace(inputs)
     num_cases, *space, channels = inputs.shape
     out = geometry.output_shape(space)
-    padded = _pad(inputs, geometry.pads(space))
+    padded = pad_with_zeros(inputs, geometry.pads(space))
     views = [
         padded[
             (
@@ -285,23 +285,6 @@ def require_images(name: str, images: Array, geometry: ConvGeometry) -> None:
             f"`{name}` must have shape [{', '.join(axes)}] for a filter with "
             f"{geometry.num_axes} spatial axes; got shape {tuple(images.shape)}."
         )
-
-
-def _pad(images: Array, pads: tuple[tuple[int, int], ...]) -> Array:
-    """Zeros before and after each spatial axis."""
-    xp = array_namespace(images)
-    for axis, widths in enumerate(pads, start=1):
-        if any(widths):
-            before, after = (
-                xp.zeros(
-                    (*images.shape[:axis], width, *images.shape[axis + 1 :]),
-                    dtype=images.dtype,
-                    device=device_of(images),
-                )
-                for width in widths
-            )
-            images = xp.concat([before, images, after], axis=axis)
-    return images
 
 
 # ---------------------------------------------------------------------------------------------

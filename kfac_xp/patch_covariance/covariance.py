@@ -1,0 +1,263 @@
+"""The second moment of a convolution's patches, without the patches where that is cheaper."""
+
+from __future__ import annotations
+
+import array_api_compat
+
+from kfac_xp.backend import (
+    array_namespace,
+    as_statistics,
+    device_of,
+    itemsize,
+    require_one_place,
+    statistics_dtype,
+)
+from kfac_xp.geometry import ConvGeometry
+from kfac_xp.linalg import bordered, subtract_at
+from kfac_xp.ops import require_images
+from kfac_xp.patch_covariance.blocks import correlation_blocks, tap_pairs
+from kfac_xp.patch_covariance.chunked import chunked_covariance, tap_covariance
+from kfac_xp.patch_covariance.cost import METHODS, Method, Plan, Sizes, cheapest, plans_for
+from kfac_xp.patch_covariance.lattice import Lattice, counted_positions, lattice_of
+from kfac_xp.patch_covariance.offsets import offset_correlations
+from kfac_xp.patch_covariance.rates import current
+from kfac_xp.patch_covariance.spectral import spectral_correlations
+from kfac_xp.typing import Array
+
+WORKSPACE = 2**24
+"""Bytes for the arrays that `patch_covariance` makes on the way, unless told otherwise."""
+
+
+class PatchCovariance:
+    """Second moment of the patches under a convolution filter, not centred.
+
+    Called as a function, `patch_covariance`. The same numbers by three methods:
+
+    ``"chunked"``
+        patches of some cases at a time, and their second moment: ``N T D^2`` multiply-adds with
+        ``D = prod(kernel) * C``, half of that where the library sees the symmetry.
+    ``"offsets"``
+        one product ``[C, N T] [N T, C]`` per offset between two taps: 13 for a 3x3 filter, where
+        patches have 81 / 2.
+    ``"spectral"``
+        all offsets at once by the correlation theorem: about one such product for any filter,
+        and transforms.
+
+    The last two sum over all locations, those included where the filter hangs over the border,
+    where a block of the result depends on the offset alone, and subtract the locations outside.
+    A strided convolution is one of stride 1 on its phase images. A cost model chooses; `explain`
+    shows its estimates.
+    """
+
+    __name__ = "patch_covariance"
+
+    def __call__(
+        self,
+        inputs: Array,
+        geometry: ConvGeometry,
+        *,
+        has_bias: bool = False,
+        patch_mask: Array | None = None,
+        normalizer: float | None = None,
+        method: Method | None = None,
+        workspace: int = WORKSPACE,
+    ) -> Array:
+        """``sum_{n, o} p p^T / normalizer`` over the patches p of all cases and locations.
+
+        Parameters
+        ----------
+        inputs : shape [N, *space, C]
+            Images, channels last.
+        geometry
+            Filter, strides, dilation and padding, over any number of spatial axes.
+        has_bias
+            Append a 1 to each patch.
+        patch_mask : shape [*kernel, C]
+            Multiplies each patch, before the 1 is appended. Only ``"chunked"`` takes it.
+        normalizer
+            What the sum is divided by; cases times locations if not given.
+        method
+            Forces one: ``"chunked"``, ``"offsets"`` or ``"spectral"``.
+        workspace
+            Bytes for arrays on the way beside the result and three arrays of the size of the
+            correlations, ``prod(2 kernel - 1) * C^2``. A bound as long as what must be held of
+            one case or one frequency fits into it.
+
+        Returns
+        -------
+        Array of shape [D (+ 1), D (+ 1)] with ``D = prod(kernel) * C``, symmetric, in at least
+        float32.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not agree, `method` is unknown or cannot serve the call, or `workspace`
+            is not positive.
+        TypeError
+            If `inputs` is not a real floating array, or the arrays belong to several libraries.
+        """
+        plan = self._plan(inputs, geometry, patch_mask, method, workspace)[0]
+        inputs = as_statistics(inputs)
+        xp = array_namespace(inputs)
+        rows = inputs.shape[0] * geometry.num_locations(inputs.shape[1:-1])
+        normalizer = float(rows if normalizer is None else normalizer)
+        mask = None
+        if patch_mask is not None:
+            mask = xp.reshape(as_statistics(patch_mask), (-1,))
+        last = None
+        if has_bias:
+            sums = _patch_sums(inputs, geometry)
+            sums = sums if mask is None else sums * mask
+            count = xp.full((1,), float(rows), dtype=inputs.dtype, device=device_of(inputs))
+            last = xp.concat([sums, count]) / normalizer
+        if plan is None:
+            moment = chunked_covariance(inputs, geometry, mask, normalizer, workspace)
+            return moment if last is None else bordered(moment, last)
+        images = _lattice(geometry, inputs).images(inputs)
+        return _moment(plan, images, normalizer, workspace, last)
+
+    def explain(
+        self,
+        inputs: Array,
+        geometry: ConvGeometry,
+        *,
+        patch_mask: Array | None = None,
+        method: Method | None = None,
+        workspace: int = WORKSPACE,
+        **_: object,
+    ) -> str:
+        """Which method would run on these arguments, and what each is estimated to cost."""
+        plan, why = self._plan(inputs, geometry, patch_mask, method, workspace)
+        return f"patch_covariance: {'chunked' if plan is None else plan.method}, {why}"
+
+    def _plan(
+        self,
+        inputs: Array,
+        geometry: ConvGeometry,
+        patch_mask: Array | None,
+        method: Method | None,
+        workspace: int,
+    ) -> tuple[Plan | None, str]:
+        """Check the arguments; a plan, or None for patches of the inputs; and the reason."""
+        _check(inputs, geometry, patch_mask, method, workspace)
+        num_cases, *space, channels = inputs.shape
+        if patch_mask is not None:
+            return None, "the only method that takes a mask"
+        sizes = Sizes(num_cases, channels, max(4, itemsize(inputs)))
+        rates = current()
+        plans = plans_for(geometry, tuple(space), sizes, rates)
+        if method is not None and method != "chunked" and method not in plans:
+            raise ValueError(
+                f"`method` {method!r} needs two taps that read the same pixels, and one that reads "
+                f"half of all; {geometry} on images of spatial shape {tuple(space)} has not. "
+                "Use 'chunked', or None."
+            )
+        if not plans:
+            return None, "because no patch holds a pixel"
+        plan = cheapest(plans) if method is None else plans[method]
+        costs = ", ".join(
+            f"{name} {1e3 * p.seconds:.3g} ms"
+            for name, p in sorted(plans.items(), key=lambda item: item[1].seconds)
+        )
+        asked = "" if method is None else "because `method` asks for it; "
+        why = f"{asked}estimated: {costs} (rates of {rates.measured})"
+        return (None if plan.method == "chunked" else plan), why
+
+
+patch_covariance = PatchCovariance()
+
+
+def _moment(
+    plan: Plan, images: Array, normalizer: float, workspace: int, last: Array | None = None
+) -> Array:
+    """Second moment of the patches of the plan's grid; with a last row and column, if given."""
+    if plan.method == "chunked":
+        return tap_covariance(plan.grid, images, normalizer)
+    xp, grid = array_namespace(images), plan.grid
+    halves = _correlations(plan, images, 1 / normalizer, workspace)
+    # NumPy's slices are views: what follows then writes into the result.
+    in_place = array_api_compat.is_numpy_array(images)
+    moment = correlation_blocks(halves, *tap_pairs(grid), last if in_place else None)
+    channels = images.shape[-1]
+    width = grid.num_taps * channels
+    by_tap = xp.reshape(moment[:width, :width], (*grid.grid, channels) * 2)
+    for slab, slab_plan in plan.slabs:
+        outside = _moment(slab_plan, slab.images(images), normalizer, workspace)
+        index = [slice(None)] * len(by_tap.shape)
+        for side in (0, len(grid.grid) + 1):
+            index[side + slab.filter_axis] = slice(slab.taps.start, slab.taps.stop)
+        outside = xp.reshape(outside, (*slab.grid.grid, channels) * 2)
+        by_tap = subtract_at(by_tap, tuple(index), outside)
+    if in_place:
+        return moment
+    moment = xp.reshape(by_tap, (width, width))
+    return moment if last is None else bordered(moment, last)
+
+
+def _correlations(plan: Plan, images: Array, scale: float, workspace: int) -> Array:
+    """Correlations of the images with themselves, [offsets, B, C, B, C], in halves."""
+    xp, axes = array_namespace(images), plan.grid.axes
+    *_, num_blocks, channels = images.shape
+    # An axis on which all taps read the same position is as good as more cases.
+    single = [i for i, axis in enumerate(axes, start=1) if len(axis.offsets) == 1]
+    others = [i for i in range(1, len(axes) + 1) if i not in single]
+    last = len(axes) + 1
+    sizes = [axes[i - 1].size for i in others]
+    images = xp.permute_dims(images, (0, *single, *others, last, last + 1))
+    images = xp.reshape(images, (-1, *sizes, num_blocks * channels))
+    correlate = offset_correlations if plan.method == "offsets" else spectral_correlations
+    halves = correlate(images, tuple(axes[i - 1].offsets for i in others), scale, workspace)
+    return xp.reshape(halves, (-1, *(num_blocks, channels) * 2))
+
+
+def _patch_sums(inputs: Array, geometry: ConvGeometry) -> Array:
+    """Sum of all patches, [prod(kernel) * C]."""
+    xp = array_namespace(inputs)
+    lattice = lattice_of(geometry, tuple(inputs.shape[1:-1]))
+    channels, where = inputs.shape[-1], device_of(inputs)
+    if lattice is None:
+        return xp.zeros((geometry.num_taps * channels,), dtype=inputs.dtype, device=where)
+    grid = lattice.grid
+    sums = lattice.images(xp.sum(inputs, axis=0, keepdims=True))
+    sums = xp.reshape(sums, (*grid.sizes, -1))
+    for i, axis in enumerate(grid.axes):
+        counted = xp.asarray(counted_positions(axis), dtype=inputs.dtype, device=where)
+        sums = xp.moveaxis(xp.tensordot(counted, sums, axes=((1,), (i,))), 0, i)
+    sums = xp.reshape(sums, (grid.num_taps * grid.num_blocks, channels))
+    rows = [tap * grid.num_blocks + block for tap, block in enumerate(grid.blocks)]
+    return xp.reshape(xp.take(sums, xp.asarray(rows, device=where), axis=0), (-1,))
+
+
+def _lattice(geometry: ConvGeometry, inputs: Array) -> Lattice:
+    lattice = lattice_of(geometry, tuple(inputs.shape[1:-1]))
+    assert lattice is not None, "a plan that is not chunked has one"
+    return lattice
+
+
+def _check(
+    inputs: Array,
+    geometry: ConvGeometry,
+    patch_mask: Array | None,
+    method: str | None,
+    workspace: int,
+) -> None:
+    masks = {} if patch_mask is None else {"patch_mask": patch_mask}
+    require_one_place(inputs=inputs, **masks)
+    statistics_dtype(inputs)
+    require_images("inputs", inputs, geometry)
+    if method is not None and method not in METHODS:
+        raise ValueError(f"`method` must be None or one of {METHODS}; got {method!r}.")
+    if workspace <= 0:
+        raise ValueError(f"`workspace` must be a positive number of bytes; got {workspace!r}.")
+    if patch_mask is None:
+        return
+    if method not in (None, "chunked"):
+        raise ValueError(
+            f"`method` must be 'chunked' or None where there is a `patch_mask`; got {method!r}."
+        )
+    shape = (*geometry.kernel, inputs.shape[-1])
+    if tuple(patch_mask.shape) != shape:
+        raise ValueError(
+            f"`patch_mask` must have the shape of a filter without its outputs, {shape}; "
+            f"got {tuple(patch_mask.shape)}."
+        )

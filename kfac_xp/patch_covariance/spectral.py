@@ -1,0 +1,221 @@
+"""Correlations of images at all offsets at once, by the correlation theorem in real arithmetic.
+
+With F the Fourier transform of images that are zero beyond their sizes, periods P long enough
+that nothing wraps around, and ``S_f = sum_n conj(F_n[f]) F_n[f]^T`` (Hermitian, [C, C]),
+
+    R[d] = sum_y a[y] a[y + d]^T = 1 / prod(P) sum_f exp(2 pi i f.d / P) S_f.
+
+As R is real, half of the frequencies do, with weight 2 where they stand for their conjugates.
+With F = A + iB one real product per frequency holds all of S_f:
+
+    G_f = A^T (A + B) + B^T (B - A) = Re S_f + Im S_f,
+
+whose symmetric part is the real and whose antisymmetric part is the imaginary part of S_f. Hence
+
+    R[d] = Q[d] + Q[-d]^T,    Q[d] = sum_f w_f / (2 prod(P)) (cos - sin)(2 pi f.d / P) G_f,
+
+one matrix product of the offsets with the frequencies. The transforms are products with dense
+matrices, which at these sizes are faster than fast transforms. All work is matrix products: per
+case and frequency 4 C^2 flops, however many taps the filter has.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import array_api_compat
+import numpy as np
+
+from kfac_xp.backend import array_namespace, device_of, itemsize
+from kfac_xp.patch_covariance.lattice import ranges
+from kfac_xp.typing import Array
+
+# Floats of the products G_f held at a time, and of their operands: they are written and read, and
+# should stay in the cache between.
+_CACHED = 2**19
+
+
+def periods(sizes: Sequence[int], offsets: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The shortest period of each axis at which no offset wraps around."""
+    return tuple(n + max(d) for n, d in zip(sizes, offsets, strict=True))
+
+
+def spectral_correlations(
+    images: Array, offsets: tuple[tuple[int, ...], ...], scale: float, workspace: int
+) -> Array:
+    """``Q[d]`` for all offsets d: the correlation ``R[d]`` is ``Q[d] + Q[-d]^T``.
+
+    Parameters
+    ----------
+    images : shape [N, *sizes, C]
+        At least one axis.
+    offsets
+        For each axis, ascending and symmetric around 0.
+    scale
+        Multiplies the result.
+    workspace
+        Bytes for transforms, of some cases and frequencies at a time; those of one case and one
+        frequency of the first axis are held in any case.
+
+    Returns
+    -------
+    Array of shape [prod(len(offsets)), C, C], offsets in row-major order.
+    """
+    sizes, channels = tuple(images.shape[1:-1]), images.shape[-1]
+    tables = _tables(sizes, offsets, _float_name(images))
+    phases, first, *others = (
+        array_namespace(images).asarray(table, device=device_of(images)) for table in tables
+    )
+    sums = _PhasedSums(images, phases * scale)
+    # Floats of the operands of one frequency of the first axis and of one case, while they are
+    # made; and of the transform along the first axis.
+    per_case = 6 * phases.shape[2] * channels
+    per_line = 2 * math.prod(sizes[1:]) * channels
+    budget = workspace // itemsize(images)
+    cases = max(1, budget // (per_case + per_line))
+    for start, stop in ranges(images.shape[0], cases):
+        part = images[start:stop, ...]
+        chunk = max(1, budget // (per_line * part.shape[0]))
+        inner = _CACHED // (per_case * part.shape[0])
+        # Fewer frequencies than that, and adding up would cost more than multiplying.
+        inner = max(inner, 2 * phases.shape[0] // phases.shape[2])
+        inner = max(1, min(inner, budget // (per_case * part.shape[0])))
+        for low, high in ranges(phases.shape[1], chunk):
+            lines = _transformed_first(first[2 * low : 2 * high, :], part)
+            for i, j in ranges(high - low, inner):
+                sums.add(low + i, low + j, _transformed(lines[:, i:j, ...], others))
+    return sums.total()
+
+
+def _transformed_first(matrix: Array, images: Array) -> Array:
+    """[N, frequencies, 2, *other sizes, C] from images [N, *sizes, C]."""
+    xp = array_namespace(images)
+    num_cases, size, *rest = images.shape
+    lines = xp.matmul(matrix, xp.reshape(images, (num_cases, size, -1)))
+    return xp.reshape(lines, (num_cases, -1, 2, *rest))
+
+
+def _transformed(x: Array, matrices: Sequence[Array]) -> Array:
+    """[frequencies, 2, N, C] from x [N, first frequencies, 2, *other sizes, C].
+
+    Real and imaginary parts stand before the axis to transform next, so that a step is a product
+    with one real matrix, and then behind its frequencies.
+    """
+    xp = array_namespace(x)
+    num_cases, channels = x.shape[0], x.shape[-1]
+    if not matrices:
+        return xp.permute_dims(x, (1, 2, 0, 3))
+    *earlier, last = matrices
+    for matrix in earlier:
+        frequencies, size = x.shape[1], x.shape[3]
+        rest = x.shape[4:]
+        x = xp.reshape(x, (num_cases, frequencies, 2 * size, math.prod(rest)))
+        x = xp.reshape(xp.matmul(matrix, x), (num_cases, -1, 2, *rest))
+    x = xp.reshape(x, (num_cases, x.shape[1], -1, channels))
+    return xp.reshape(_cases_inside(last, x), (-1, 2, num_cases, channels))
+
+
+def _cases_inside(matrix: Array, x: Array) -> Array:
+    """``matrix @ x[n]`` of [r, m] and [N, *batch, m, C], with n before the last axis."""
+    xp = array_namespace(x)
+    if not array_api_compat.is_numpy_array(x):
+        return xp.moveaxis(xp.matmul(matrix, x), 0, -2)
+    out = np.empty((*x.shape[1:-2], matrix.shape[0], x.shape[0], x.shape[-1]), dtype=x.dtype)
+    np.matmul(matrix, x, out=np.moveaxis(out, -2, 0))
+    return out
+
+
+class _PhasedSums:
+    """Accumulates ``sum_f phases[d, f] G_f``, [offsets, C, C], over parts of the frequencies.
+
+    Phases are [offsets, first frequencies, other frequencies].
+    """
+
+    def __init__(self, images: Array, phases: Array) -> None:
+        self.phases = phases
+        self._num_channels = images.shape[-1]
+        self._total: Array | None = None
+
+    def add(self, low: int, high: int, parts: Array) -> None:
+        """Add some first frequencies: real and imaginary parts [F, 2, N, C] of these."""
+        xp = array_namespace(parts)
+        phases = xp.reshape(self.phases[:, low:high, :], (self.phases.shape[0], -1))
+        num_frequencies, _, num_cases, c = parts.shape
+        shape = (num_frequencies, 2 * num_cases, c)
+        right = xp.reshape(_rotated(parts), shape)
+        left = xp.matrix_transpose(xp.reshape(parts, shape))
+        if array_api_compat.is_numpy_array(parts):
+            self._add_by_rows(phases, left, right)
+            return
+        products = xp.reshape(xp.matmul(left, right), (num_frequencies, c * c))
+        added = xp.matmul(phases, products)
+        self._total = added if self._total is None else self._total + added
+
+    def _add_by_rows(self, phases: Array, left: Array, right: Array) -> None:
+        """A few rows of each product at a time, so that those of all frequencies are cached."""
+        c, sums, is_first = self._num_channels, self._total, self._total is None
+        if sums is None:
+            sums = self._total = np.empty((len(phases), c * c), dtype=left.dtype)
+        rows = max(min(c, 64), _CACHED // (len(left) * c))
+        for start, stop in ranges(c, rows):
+            products = np.matmul(left[:, start:stop, :], right).reshape(len(left), -1)
+            total = sums[:, start * c : stop * c]
+            if is_first:
+                np.matmul(phases, products, out=total)
+            else:
+                total += np.matmul(phases, products)
+
+    def total(self) -> Array:
+        """The sum."""
+        shape = (self.phases.shape[0], self._num_channels, self._num_channels)
+        return array_namespace(self._total).reshape(self._total, shape)
+
+
+def _rotated(parts: Array) -> Array:
+    """[A + B, B - A] from parts [A, B], both [F, 2, N, C]."""
+    xp = array_namespace(parts)
+    real, imaginary = parts[:, 0, :, :], parts[:, 1, :, :]
+    if not array_api_compat.is_numpy_array(parts):
+        return xp.stack([real + imaginary, imaginary - real], axis=1)
+    rotated = np.empty(parts.shape, dtype=parts.dtype)
+    np.add(real, imaginary, out=rotated[:, 0])
+    np.subtract(imaginary, real, out=rotated[:, 1])
+    return rotated
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(
+    sizes: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], dtype: str
+) -> tuple[np.ndarray, ...]:
+    """``w_f / 2 prod(P) (cos - sin)``, [offsets, first, other frequencies]; and the transforms.
+
+    The first transform is real and to half of the frequencies, [(f, part), y]; the others are
+    complex, [(f, part), (part, y)].
+    """
+    lengths = periods(sizes, offsets)
+    first, *others = (np.arange(p) for p in lengths)
+    first = first[: lengths[0] // 2 + 1]
+    transforms: list[np.ndarray] = []
+    for frequencies, size, length in zip((first, *others), sizes, lengths, strict=True):
+        angle = 2 * np.pi / length * (np.outer(frequencies, np.arange(size)) % length)
+        cos, sin = np.cos(angle), np.sin(angle)
+        real, imaginary = np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)
+        both = np.stack([real, imaginary], axis=2) if transforms else real
+        transforms.append(both.reshape(2 * len(frequencies), -1))
+    angle = np.zeros((1, 1))
+    for d, frequencies, length in zip(offsets, (first, *others), lengths, strict=True):
+        own = 2 * np.pi / length * (np.outer(d, frequencies) % length)
+        angle = angle[:, None, :, None] + own[None, :, None, :]
+        angle = angle.reshape(angle.shape[0] * angle.shape[1], -1)
+    phases = (np.cos(angle) - np.sin(angle)).reshape(len(angle), len(first), -1)
+    is_own_conjugate = (2 * first) % lengths[0] == 0
+    weights = np.where(is_own_conjugate, 1.0, 2.0) / (2 * math.prod(lengths))
+    phases *= weights[:, None]
+    return tuple(table.astype(dtype) for table in (phases, *transforms))
+
+
+def _float_name(x: Array) -> str:
+    """Say "float32" or "float64", whatever the library calls it."""
+    return str(x.dtype).rpartition(".")[2]
