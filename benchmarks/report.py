@@ -12,6 +12,7 @@ from benchmarks.timing import Measurement, quartiles, ratios
 
 Results = Mapping[str, Measurement]
 MEGABYTE = 10**6
+NOT_ASKED_FOR = "not asked for"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def case_lines(case: Case, results: Results, verdicts: Iterable[Verdict]) -> Ite
     for v in verdicts:
         words.setdefault(v.against or v.target.against[0], []).append(verdict_words(v))
     for name, m in results.items():
+        if m.skipped == NOT_ASKED_FOR:
+            continue
         if m.skipped:
             yield f"| {name} | left out: {m.skipped} | | | | {'; '.join(words.get(name, []))} |"
             continue

@@ -52,7 +52,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"unknown peers: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
     reasons = {
-        peer: why_absent(peer) if peer in peers or peer in ALWAYS else "not asked for"
+        peer: why_absent(peer) if peer in peers or peer in ALWAYS else report.NOT_ASKED_FOR
         for peer in PEERS
     }
     effort = timing.QUICK if args.quick else timing.FULL

@@ -82,7 +82,7 @@ def test_the_runner_measures_a_case_and_writes_it_down(tmp_path):
     ours = case["implementations"][OURS]
     assert len(ours["seconds"]) >= timing.QUICK.min_rounds
     assert ours["extra_memory"] > 0 or sys.platform != "linux"
-    assert case["implementations"]["PyTorch unfold + einsum"]["skipped"] == "not asked for"
+    assert case["implementations"]["PyTorch unfold + einsum"]["skipped"] == report.NOT_ASKED_FOR
     assert [target["is_met"] is None for target in case["targets"]] == [False, True, True]
 
 

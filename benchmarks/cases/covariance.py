@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
+import kfac_xp
 from benchmarks.case import OURS, Case, Implementation, Program, Target
 from benchmarks.peers import kfac_jax_ops, torch_ops
 from benchmarks.peers.floors import symmetric_product, wake_blas
-from kfac_xp import ConvGeometry, extract_patches
-from kfac_xp.linalg import compute_cov
+from kfac_xp import ConvGeometry, extract_patches, patch_covariance
 
 METHODS = ("chunked", "offsets", "spectral")
 SYRK = "SYRK on patches in memory"
@@ -164,19 +164,15 @@ def ours(problem: Problem, method: str | None) -> Program:
 
     def warm_up() -> None:
         wake_blas()
-        patch_covariance(few, geometry, method)
+        patch_covariance(few, geometry, method=method)
 
+    words = kfac_xp.explain(patch_covariance, images, geometry)
     return Program(
-        lambda: patch_covariance(images, geometry, method), lambda c: {"cov": c}, warm_up=warm_up
+        lambda: patch_covariance(images, geometry, method=method),
+        lambda cov: {"cov": cov},
+        warm_up=warm_up,
+        note="" if method else words.partition(": ")[2].partition(",")[0],
     )
-
-
-def patch_covariance(images: np.ndarray, geometry: ConvGeometry, method: str | None) -> np.ndarray:
-    """The library's function."""
-    if method not in (None, "chunked"):
-        raise NotImplementedError(f"no method {method!r} in this version")
-    patches = extract_patches(images, geometry)
-    return compute_cov(patches.reshape(-1, patches.shape[-1]))
 
 
 def syrk(problem: Problem) -> Program:
