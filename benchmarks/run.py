@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.machine import description, limit_threads
@@ -43,6 +44,7 @@ def main() -> None:
     # Only now: whatever these import reads its number of threads from the environment.
     from benchmarks import cases, report, timing
     from benchmarks.peers import ALWAYS, PEERS, why_absent
+    from kfac_xp import __version__
 
     chosen = [c for c in cases.matching(args.case) if c.is_quick or not args.quick]
     if not chosen:
@@ -64,8 +66,13 @@ def main() -> None:
         lines.append(line)
         print(line, flush=True)
 
-    machine = description(PACKAGES)
-    say(f"{machine}; {args.threads} thread(s)\n")
+    setting = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": description(PACKAGES),
+        "kfac_xp": __version__,
+        "threads": args.threads,
+    }
+    say("; ".join(f"{name} {value}" for name, value in setting.items()) + "\n")
     say(report.table_head())
     records = []
     for case in chosen:
@@ -83,7 +90,7 @@ def main() -> None:
         found.append((case, judged))
         records.append(report.as_json(case, results, judged))
         if args.json:  # after every case: what is measured is kept whatever comes
-            whole = {"machine": machine, "threads": args.threads, "cases": records}
+            whole = {**setting, "cases": records}
             Path(args.json).write_text(json.dumps(whole, indent=1) + "\n")
     say("")
     for line in report.median_lines(found):

@@ -76,19 +76,13 @@ def conv_squared_outer(images: np.ndarray, grads: np.ndarray, geometry: ConvGeom
     return Program(call, lambda out: {"diagonal": out.numpy()[order]})
 
 
-def cholesky_inverses(matrices: list[np.ndarray], damping: float) -> Program:
+def cholesky_inverses(matrices: list[np.ndarray]) -> Program:
     """``cholesky`` and ``cholesky_inverse``, one matrix after the other."""
     torch = start()
-    tensors = [torch.from_numpy(m) for m in matrices]
-
-    def call() -> list[Any]:
-        inverses = []
-        for x in tensors:
-            damped = x.clone()
-            damped.diagonal().add_(damping)
-            inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(damped)))
-        return inverses
-
     from benchmarks.cases.inverses import probed
 
-    return Program(call, lambda inverses: probed([x.numpy() for x in inverses]))
+    tensors = [torch.from_numpy(x) for x in matrices]
+    return Program(
+        lambda: [torch.cholesky_inverse(torch.linalg.cholesky(x)) for x in tensors],
+        lambda inverses: probed([x.numpy() for x in inverses]),
+    )
