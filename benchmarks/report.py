@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class Verdict:
     """The fastest of the target's implementations; empty if none was measured."""
     ratios: tuple[float, float, float] | None = None
     """Quartiles of the rounds' ratios of times: theirs over ours."""
+    missing: tuple[str, ...] = ()
+    """Implementations of the target that were not measured: one of them may be the fastest."""
 
     @property
     def is_met(self) -> bool | None:
@@ -47,12 +50,15 @@ def verdicts(case: Case, results: Results) -> list[Verdict]:
             found.append(Verdict(target, ""))
             continue
         best = min(measured, key=lambda m: m.seconds)
+        missing = tuple(set(target.against) - {m.implementation.name for m in measured})
         beyond = results[target.beyond] if target.beyond else None
         if beyond is not None and not beyond.turns:
             found.append(Verdict(target, ""))
             continue
         found.append(
-            Verdict(target, best.implementation.name, quartiles(ratios(ours, best, beyond)))
+            Verdict(
+                target, best.implementation.name, quartiles(ratios(ours, best, beyond)), missing
+            )
         )
     return found
 
@@ -77,7 +83,8 @@ def case_lines(case: Case, results: Results, verdicts: Iterable[Verdict]) -> Ite
         if m.skipped == NOT_ASKED_FOR:
             continue
         if m.skipped:
-            yield f"| {name} | left out: {m.skipped} | | | | {'; '.join(words.get(name, []))} |"
+            reason = textwrap.shorten(m.skipped, 90, placeholder=" ...")
+            yield f"| {name} | left out: {reason} | | | | {'; '.join(words.get(name, []))} |"
             continue
         ratio = ""
         if results[OURS].turns and name != OURS:
@@ -106,7 +113,8 @@ def verdict_words(verdict: Verdict) -> str:
         return ""
     state = f"{'met' if verdict.is_met else 'MISSED'} ({verdict.ratios[1]:.2f})"
     beyond = "beyond what both contain, " if verdict.target.beyond else ""
-    return f"{beyond}at least {wanted:.3g}: {state}"
+    without = f", without {' and '.join(verdict.missing)}" if verdict.missing else ""
+    return f"{beyond}at least {wanted:.3g}: {state}{without}"
 
 
 def memory_words(case: Case, memory: int) -> str:
@@ -140,6 +148,9 @@ def median_lines(measured: Iterable[tuple[Case, list[Verdict]]]) -> Iterator[str
             state.append(f"met in {met} of {len(found)} cases")
         if len(middles) < len(found):
             state.append(f"{len(found) - len(middles)} not measured")
+        without = sorted({name for v in found for name in v.missing})
+        if without:
+            state.append(f"not all beside {' and '.join(without)}")
         numbers = f"{middle:.2f}, {least:.2f}"
         yield f"| {group} | {against} | {numbers} | {wanted_words(target)} | {'; '.join(state)} |"
 
@@ -178,6 +189,7 @@ def as_json(case: Case, results: Results, verdicts: Iterable[Verdict]) -> dict[s
                 "median": v.target.median,
                 "ratio_quartiles": v.ratios,
                 "is_met": v.is_met,
+                "not_measured": v.missing,
             }
             for v in verdicts
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import statistics
 import time
@@ -218,11 +217,12 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def ratios(ours: Measurement, other: Measurement, beyond: Measurement | None = None) -> list[float]:
     """Their time over ours, for each round in which both had a turn.
 
-    The median time of `beyond` is taken off both. Infinite where nothing is left of ours.
+    The median time of `beyond` is taken off both. What is left of ours counts as a hundredth of it
+    at least: below that it is noise.
     """
     shared = beyond.seconds if beyond is not None else 0.0
     found = []
     for i in other.turns.keys() & ours.turns.keys():
-        left = ours.turns[i] - shared
-        found.append((other.turns[i] - shared) / left if left > 0 else math.inf)
+        left = max(ours.turns[i] - shared, ours.turns[i] / 100)
+        found.append((other.turns[i] - shared) / left)
     return found

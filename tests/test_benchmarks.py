@@ -198,7 +198,7 @@ def measured(**seconds):
 def test_verdicts_compare_round_by_round_with_the_fastest():
     results = measured(kfac_xp=[1, 2, 4], slow=[9, 18, 36], fast=[4, 8, 12], part=[0.5] * 3)
     targets = (
-        Target(("slow", "fast"), at_least=3.5),
+        Target(("slow", "fast", "away"), at_least=3.5),
         Target(("slow",), at_least=10.0),
         Target(("slow",), median=9.0),
         Target(("slow",), at_least=10.0, beyond="part"),
@@ -213,6 +213,7 @@ def test_verdicts_compare_round_by_round_with_the_fastest():
     results[OURS].memory = 2 * 10**6
     table = "\n".join(report.case_lines(case, results, found))
     assert "at least 10: MISSED (9.00)" in table
+    assert "at least 3.5: met (4.00), without away" in table
     assert "at most 1 MB: MISSED" in table
     medians = "\n".join(report.median_lines([(case, found)]))
     assert "| a | slow | 9.00, 9.00 | median 9 | median met |" in medians
