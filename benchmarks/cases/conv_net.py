@@ -40,6 +40,7 @@ def cases() -> Iterator[Case]:
                     for peer in peers
                     for beyond in (None, PLAIN)
                 ),
+                tolerance=1e-3,  # rounding decides some ReLU and some maxima
                 is_quick=num_cases == 32,
             )
 
