@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 
 _parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 _parser.add_argument("--threads", type=int, default=1, help="threads for BLAS and for Numba")
@@ -28,6 +25,7 @@ for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"
 
 import numpy as np  # noqa: E402
 
+from benchmarks.machine import description  # noqa: E402
 from kfac_xp import (  # noqa: E402
     ConvGeometry,
     conv_squared_outer,
@@ -153,7 +151,8 @@ QUICK_ELEMENTS = 200_000
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    print(f"{machine()}; {_options.threads} thread(s) each for BLAS and Numba\n")
+    machine = description(("numpy", "numba"))
+    print(f"{machine}; {_options.threads} thread(s) each for BLAS and Numba\n")
     print("| op | case | dtype | reference, us | kernel, us | ratio |")
     print("|---|---|---|---|---|---|")
     measurements = []
@@ -171,7 +170,7 @@ def main() -> None:
     if _options.json:
         with open(_options.json, "w") as file:
             json.dump(
-                {"machine": machine(), "threads": _options.threads, "lines": measurements},
+                {"machine": machine, "threads": _options.threads, "lines": measurements},
                 file,
                 indent=1,
             )
@@ -264,13 +263,6 @@ def as_text(value: object) -> str:
     if isinstance(value, list):
         return f"{value[1]:.0f} ({value[0]:.0f} to {value[2]:.0f})"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def machine() -> str:
-    """What was measured on, without a name."""
-    kind = platform.machine().lower().replace("_", "-").replace("amd64", "x86-64")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba"))
-    return f"{os.cpu_count()} cores, {kind}; Python {sys.version.split()[0]}, {versions}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""The benchmark runner stays alive; nothing here depends on how long anything takes."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import report, run, timing, worker
+from benchmarks.case import OURS, Case, Implementation, Program, Target
+from benchmarks.cases import all_cases, matching
+from benchmarks.cases.covariance import REPORTED_BELOW, Problem
+from benchmarks.cases.inverses import resnet50_layers
+from benchmarks.peers import PEERS
+
+ROOT = Path(__file__).parent.parent
+TINY = "conv_diagonal/3x3 N64 T64 C64 O64"
+
+
+def test_every_case_has_a_name_and_targets_against_what_it_measures():
+    names = [case.name for case in all_cases()]
+    assert len(set(names)) == len(names)
+    for case in all_cases():
+        implementations = [i.name for i in case.implementations]
+        assert implementations[0] == OURS
+        assert len(set(implementations)) == len(implementations)
+        assert {i.peer for i in case.implementations} <= set(PEERS)
+        for target in case.targets:
+            assert {*target.against, target.beyond or OURS} <= set(implementations)
+            assert (target.at_least, target.median) != (None, None)
+        if case.name.startswith(("conv_diagonal", "conv_net", "covariance/usual")):
+            assert case.targets
+    assert {case.name.split("/")[0] for case in all_cases() if case.is_quick} == {
+        "covariance",
+        "conv_diagonal",
+        "inverses",
+        "conv_net",
+    }
+
+
+def test_patterns():
+    assert len(matching(None)) == len(list(all_cases()))
+    assert [case.name for case in matching(TINY)] == [TINY]
+    assert {case.name for case in matching("covariance/*/7x7*")} < {
+        case.name for case in matching("covariance")
+    }
+
+
+def test_flops_count_the_symmetric_product_of_the_patches():
+    problem = Problem(2, 5, 3, stride=2)  # 3 x 3 locations, patches of 27
+    assert problem.flops == 2 * 9 * 27 * 28
+    assert sum(p.flops < REPORTED_BELOW for p in (Problem(32, 6, 3), Problem(32, 32, 3))) == 1
+
+
+def test_the_layers_are_those_of_a_resnet_50():
+    parameters = sum(rows * columns for rows, columns in resnet50_layers())
+    batch_norm = 2 * 26560  # scales and shifts, which have no Kronecker factors
+    assert parameters + batch_norm == 25_557_032
+
+
+def test_the_runner_lists_its_cases(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "--list", "--case", "conv_diagonal"])
+    run.main()
+    names = capsys.readouterr().out.splitlines()
+    assert TINY in names
+    assert all(name.startswith("conv_diagonal/") for name in names)
+
+
+def test_the_runner_measures_a_case_and_writes_it_down(tmp_path):
+    found, table = tmp_path / "found.json", tmp_path / "table.md"
+    options = ("--quick", "--threads", 2, "--peers", "numpy", "--json", found, "--markdown", table)
+    command = [sys.executable, "-m", "benchmarks.run", "--case", TINY, *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == table.read_text().strip()
+    (case,) = json.loads(found.read_text())["cases"]
+    ours = case["implementations"][OURS]
+    assert len(ours["seconds"]) >= timing.QUICK.min_rounds
+    assert ours["extra_memory"] > 0 or sys.platform != "linux"
+    assert case["implementations"]["PyTorch unfold + einsum"]["skipped"] == report.NOT_ASKED_FOR
+    assert [target["is_met"] is None for target in case["targets"]] == [False, True, True]
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts, without processes
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Ask a worker that serves this program, in a thread."""
+    threads = []
+
+    def start(program):
+        case = Case("a/case", (Implementation(OURS, "kfac_xp", lambda: program),))
+        monkeypatch.setattr("benchmarks.cases.find_case", lambda name: case)
+        here, there = Pipe()
+        threads.append(threading.Thread(target=worker.serve, args=(there, case.name, OURS)))
+        threads[-1].start()
+        return here
+
+    yield start
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_worker_checks_times_and_stops(served):
+    calls = []
+    program = Program(
+        lambda: calls.append(1) or len(calls), lambda n: {"n": np.asarray(n)}, note="words"
+    )
+    connection = served(program)
+    assert connection.recv() == ("ok", "words")
+    connection.send(("check",))
+    state, (seconds, arrays, expected) = connection.recv()
+    assert (state, arrays, expected) == ("ok", {"n": 1}, None)
+    assert seconds >= 0
+    connection.send(("time", 3, 2))
+    state, seconds = connection.recv()
+    assert (state, len(seconds), len(calls)) == ("ok", 3, 1 + 2 + 3)
+    connection.send(("stop",))
+
+
+def test_a_worker_says_why_it_failed(served):
+    def call():
+        raise MemoryError("too\nlarge")
+
+    connection = served(Program(call))
+    connection.recv()
+    connection.send(("check",))
+    assert connection.recv() == ("failed", "MemoryError: too large")
+
+
+class FakeWorker:
+    """Answers with the arrays that it was given."""
+
+    def __init__(self, arrays, expected=None):
+        self.answer, self.is_stopped = (0.1, arrays, expected), False
+
+    def wait(self, what):
+        return ""
+
+    def ask(self, *message):
+        return self.answer
+
+    def stop(self):
+        self.is_stopped = True
+
+
+def test_whoever_computes_something_else_is_not_timed():
+    right, wrong = {"x": np.asarray([1.0, 2.0])}, {"x": np.asarray([1.0, 2.1])}
+    workers = {
+        OURS: FakeWorker(right),
+        "same": FakeWorker({"x": right["x"] + 1e-7}),
+        "other": FakeWorker(wrong),
+        "other draws": FakeWorker(wrong, expected=wrong),
+        "floor": FakeWorker({}),
+    }
+    given = dict(workers)
+    case = Case("a/case", tuple(Implementation(n, "numpy", lambda: None) for n in workers))
+    results = {n: timing.Measurement(case.implementation(n)) for n in workers}
+    timing._check(case, workers, results)
+    assert set(workers) == {OURS, "same", "other draws", "floor"}
+    assert given["other"].is_stopped
+    assert results["other"].skipped == "computes something else: relative error 5.0e-02"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error"),
+    [
+        ({"x": np.asarray([2.0, 4.0])}, 0.0),
+        ({"x": np.asarray([2.0, 3.0])}, 0.25),
+        ({"x": np.asarray([2.0, 4.0]), "more": np.ones(1)}, 0.0),
+        ({"x": np.asarray([2.0, np.nan])}, math.inf),
+        ({"x": np.ones((2, 2))}, math.inf),
+        ({"y": np.asarray([2.0, 4.0])}, math.inf),
+    ],
+)
+def test_errors_are_relative_to_the_largest_entry(arrays, error):
+    assert timing.largest_error(arrays, {"x": np.asarray([2.0, 4.0])}) == error
+
+
+def measured(**seconds):
+    """Results of three rounds."""
+    return {
+        name: timing.Measurement(
+            Implementation(name, "numpy", lambda: None), turns=dict(enumerate(times))
+        )
+        for name, times in seconds.items()
+    }
+
+
+def test_verdicts_compare_round_by_round_with_the_fastest():
+    results = measured(kfac_xp=[1, 2, 4], slow=[9, 18, 36], fast=[4, 8, 12], part=[0.5] * 3)
+    targets = (
+        Target(("slow", "fast", "away"), at_least=3.5),
+        Target(("slow",), at_least=10.0),
+        Target(("slow",), median=9.0),
+        Target(("slow",), at_least=10.0, beyond="part"),
+        Target(("absent",), at_least=1.0),
+    )
+    case = Case("a/case", (), targets, memory_limit=10**6)
+    found = report.verdicts(case, results)
+    assert [v.against for v in found] == ["fast", "slow", "slow", "slow", ""]
+    assert [v.is_met for v in found] == [True, False, None, True, None]
+    assert found[0].ratios[1] == 4.0
+    assert found[3].ratios[1] == 35 / 3
+    results[OURS].memory = 2 * 10**6
+    table = "\n".join(report.case_lines(case, results, found))
+    assert "at least 10: MISSED (9.00)" in table
+    assert "at least 3.5: met (4.00), without away" in table
+    assert "at most 1 MB: MISSED" in table
+    medians = "\n".join(report.median_lines([(case, found)]))
+    assert "| a | slow | 9.00, 9.00 | median 9 | median met |" in medians
+    assert "| a | absent | not measured |" in medians
