@@ -1,5 +1,6 @@
 """The covariance of patches by each method, against patches looked up one entry at a time."""
 
+import itertools
 import json
 import tracemalloc
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 import kfac_xp
 from kfac_xp import ConvGeometry, patch_covariance, use_backend
 from kfac_xp.kernels.cpu import correlation_blocks as kernel_module
+from kfac_xp.kernels.cpu import scratch, threads
 from kfac_xp.patch_covariance import correlation_blocks, rates
+from kfac_xp.patch_covariance.spectral import spectral_correlations
 from tests import naive
 from tests.cases import to_numpy
 
@@ -208,6 +211,48 @@ def test_the_kernel_puts_blocks_together_as_the_reference_does(with_last, rng):
 
 
 # ---------------------------------------------------------------------------------------------
+# Correlations
+
+
+def correlations(x, offsets):
+    """``sum_y x[y] x[y + d]^T`` for every offset, by slices."""
+    x, found = x.astype(np.float64), []
+    for d in itertools.product(*offsets):
+        sizes = list(zip(x.shape[1:-1], d, strict=True))
+        here = tuple(slice(max(0, -e), min(n, n - e)) for n, e in sizes)
+        there = tuple(slice(max(0, e), min(n, n + e)) for n, e in sizes)
+        rows, others = (x[(slice(None), *cut)].reshape(-1, x.shape[-1]) for cut in (here, there))
+        found.append(rows.T @ others)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("workspace", [1, 10_000, 2**24])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ((3, 5, 16), [range(-2, 3)]),
+        ((3, 5, 6, 32), [range(-2, 3), range(-1, 2)]),
+        ((21, 9, 8, 48), [(-4, -2, 0, 2, 4)] * 2),
+        ((2, 4, 3, 5, 16), [range(-1, 2)] * 3),
+    ],
+)
+def test_the_spectral_kernel(shape, offsets, dtype, workspace, rng, monkeypatch):
+    x = rng.standard_normal(shape).astype(dtype)
+    offsets = tuple(map(tuple, offsets))
+    bits = []
+    for count in (1, 3):
+        monkeypatch.setattr(threads, "num_threads", lambda count=count: count)
+        monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+        with use_backend("numba"):
+            bits.append(spectral_correlations(x, offsets, 0.5, workspace))
+    np.testing.assert_array_equal(*bits)
+    got = bits[0] + bits[0][::-1].transpose(0, 2, 1)
+    want = correlations(x, offsets) / 2
+    np.testing.assert_allclose(got, want, rtol=0, atol=RTOL[dtype] * np.abs(want).max())
+
+
+# ---------------------------------------------------------------------------------------------
 # Memory
 
 
@@ -234,6 +279,23 @@ def test_memory_stays_within_its_bound(shape, kernel, strides, method, rng):
         tracemalloc.stop()
     beyond = peak - result.nbytes
     assert beyond <= max(2 * (x.nbytes + result.nbytes), 2**25)
+
+
+def test_scratch_is_reused_within_frames_and_given_up_after_them():
+    with scratch.frame():  # however much there was before, there is enough afterwards
+        scratch.empty((1000,), np.float64)
+    with scratch.frame():
+        first = scratch.empty((10,), np.float32)
+        with scratch.frame():
+            inner = scratch.empty((20,), np.float32)
+        again = scratch.zeros((20,), np.float32)
+        assert np.shares_memory(inner, again)
+        assert not np.shares_memory(first, again)
+        too_large = scratch.empty((scratch.LIMIT,), np.float64)
+        assert not np.shares_memory(too_large, scratch._stack.buffer)
+    assert scratch._stack.buffer.size <= scratch.LIMIT
+    alone = scratch.empty((10,), np.float32)
+    assert not np.shares_memory(alone, scratch._stack.buffer)
 
 
 # ---------------------------------------------------------------------------------------------

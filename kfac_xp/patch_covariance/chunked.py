@@ -11,9 +11,9 @@ import numpy as np
 
 from kfac_xp.backend import array_namespace, itemsize
 from kfac_xp.geometry import ConvGeometry
+from kfac_xp.kernels.cpu import scratch
 from kfac_xp.linalg import compute_cov, pad_with_zeros
 from kfac_xp.ops import extract_patches
-from kfac_xp.patch_covariance import scratch
 from kfac_xp.patch_covariance.lattice import TapGrid, ranges
 from kfac_xp.typing import Array
 
@@ -139,4 +139,4 @@ def _covariance(rows: Array, normalizer: float) -> Array:
     if not array_api_compat.is_numpy_array(rows):
         return compute_cov(rows, None, normalizer)
     rows *= normalizer**-0.5
-    return scratch.matmul(rows.T, rows)
+    return np.matmul(rows.T, rows, out=scratch.empty((rows.shape[1],) * 2, rows.dtype))

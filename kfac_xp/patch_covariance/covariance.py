@@ -13,9 +13,9 @@ from kfac_xp.backend import (
     statistics_dtype,
 )
 from kfac_xp.geometry import ConvGeometry
+from kfac_xp.kernels.cpu import scratch
 from kfac_xp.linalg import bordered, subtract_at
 from kfac_xp.ops import require_images
-from kfac_xp.patch_covariance import scratch
 from kfac_xp.patch_covariance.blocks import correlation_blocks, tap_pairs
 from kfac_xp.patch_covariance.chunked import chunked_covariance, tap_covariance
 from kfac_xp.patch_covariance.cost import METHODS, Method, Plan, Sizes, cheapest, plans_for

@@ -25,16 +25,14 @@ import functools
 import math
 from collections.abc import Sequence
 
-import array_api_compat
 import numpy as np
 
-from kfac_xp.backend import array_namespace, device_of, itemsize
-from kfac_xp.patch_covariance import scratch
+from kfac_xp.backend import Condition, KernelOp, array_namespace, device_of, itemsize
 from kfac_xp.patch_covariance.lattice import ranges
 from kfac_xp.typing import Array
 
-# Floats of the products G_f held at a time, and of their operands: they are written and read, and
-# should stay in the cache between.
+# Elements of the transforms of some frequencies, and of their products: both are written and read,
+# and should stay in the cache between.
 _CACHED = 2**19
 
 
@@ -64,39 +62,75 @@ def spectral_correlations(
     -------
     Array of shape [prod(len(offsets)), C, C], offsets in row-major order.
     """
-    sizes, channels = tuple(images.shape[1:-1]), images.shape[-1]
-    tables = _tables(sizes, offsets, _float_name(images))
-    phases, first, *others = (
+    tables = _tables(tuple(images.shape[1:-1]), offsets, _float_name(images))
+    phases, *transforms = (
         array_namespace(images).asarray(table, device=device_of(images)) for table in tables
     )
-    sums = _PhasedSums(images, phases * scale)
-    # Floats of the operands of one frequency of the first axis and of one case, while they are
-    # made; and of the transform along the first axis.
-    per_case = 6 * phases.shape[2] * channels
-    per_line = 2 * math.prod(sizes[1:]) * channels
+    return phased_correlations(images, phases * scale, transforms, workspace)
+
+
+@KernelOp
+def phased_correlations(
+    images: Array, phases: Array, transforms: Sequence[Array], workspace: int
+) -> Array:
+    """``sum_f phases[:, f] G_f`` over frequencies f, with G_f as in this module's docstring.
+
+    Parameters
+    ----------
+    images : shape [N, *sizes, C]
+        At least one axis.
+    phases : shape [offsets, first frequencies, other frequencies]
+        Those of the first axis, and of all others in row-major order.
+    transforms : shapes [(f, part), y] and, after the first, [(f, part), (part, y)]
+        For each axis, its transform to real and imaginary parts.
+    workspace
+        Bytes for transforms, as for `spectral_correlations`.
+
+    Returns
+    -------
+    Array of shape [offsets, C, C].
+    """
+    first, *others = transforms
+    num_offsets, num_first, num_others = phases.shape
+    total = None
+    # Elements of both operands of the products, while they are made, and of the first transform.
+    per_part = 6 * num_others * images.shape[-1]
+    per_line = 2 * math.prod(images.shape[2:])
     budget = workspace // itemsize(images)
-    cases = max(1, budget // (per_case + per_line))
+    cases = max(1, budget // (per_part + per_line))
     for start, stop in ranges(images.shape[0], cases):
         part = images[start:stop, ...]
         chunk = max(1, budget // (per_line * part.shape[0]))
-        inner = _CACHED // (per_case * part.shape[0])
-        # Fewer frequencies than that, and adding up would cost more than multiplying.
-        inner = max(inner, 2 * phases.shape[0] // phases.shape[2])
-        inner = max(1, min(inner, budget // (per_case * part.shape[0])))
-        for low, high in ranges(phases.shape[1], chunk):
-            with scratch.frame():
-                lines = _transformed_first(first[2 * low : 2 * high, :], part)
-                for i, j in ranges(high - low, inner):
-                    with scratch.frame():
-                        sums.add(low + i, low + j, _transformed(lines[:, i:j, ...], others))
-    return sums.total()
+        # Fewer frequencies than offsets, and adding up would cost more than multiplying.
+        inner = max(_CACHED // (per_part * part.shape[0]), 2 * num_offsets // num_others)
+        inner = max(1, min(inner, budget // (per_part * part.shape[0])))
+        for low, high in ranges(num_first, chunk):
+            lines = _transformed_first(first[2 * low : 2 * high, :], part)
+            for i, j in ranges(high - low, inner):
+                parts = _transformed(lines[:, i:j, ...], others)
+                added = _phased_products(phases[:, low + i : low + j, :], parts)
+                total = added if total is None else total + added
+    return total
+
+
+def _phased_products(phases: Array, parts: Array) -> Array:
+    """``sum_f phases[:, f] G_f`` from real and imaginary parts [F, 2, N, C]."""
+    xp = array_namespace(parts)
+    num_frequencies, _, num_cases, channels = parts.shape
+    real, imaginary = parts[:, 0, :, :], parts[:, 1, :, :]
+    shape = (num_frequencies, 2 * num_cases, channels)
+    right = xp.reshape(xp.stack([real + imaginary, imaginary - real], axis=1), shape)
+    left = xp.matrix_transpose(xp.reshape(parts, shape))
+    products = xp.reshape(xp.matmul(left, right), (num_frequencies, -1))
+    phased = xp.matmul(xp.reshape(phases, (-1, num_frequencies)), products)
+    return xp.reshape(phased, (-1, channels, channels))
 
 
 def _transformed_first(matrix: Array, images: Array) -> Array:
     """[N, frequencies, 2, *other sizes, C] from images [N, *sizes, C]."""
     xp = array_namespace(images)
     num_cases, size, *rest = images.shape
-    lines = scratch.matmul(matrix, xp.reshape(images, (num_cases, size, -1)))
+    lines = xp.matmul(matrix, xp.reshape(images, (num_cases, size, -1)))
     return xp.reshape(lines, (num_cases, -1, 2, *rest))
 
 
@@ -115,83 +149,9 @@ def _transformed(x: Array, matrices: Sequence[Array]) -> Array:
         frequencies, size = x.shape[1], x.shape[3]
         rest = x.shape[4:]
         x = xp.reshape(x, (num_cases, frequencies, 2 * size, math.prod(rest)))
-        x = xp.reshape(scratch.matmul(matrix, x), (num_cases, -1, 2, *rest))
+        x = xp.reshape(xp.matmul(matrix, x), (num_cases, -1, 2, *rest))
     x = xp.reshape(x, (num_cases, x.shape[1], -1, channels))
-    return xp.reshape(_cases_inside(last, x), (-1, 2, num_cases, channels))
-
-
-def _cases_inside(matrix: Array, x: Array) -> Array:
-    """``matrix @ x[n]`` of [r, m] and [N, *batch, m, C], with n before the last axis."""
-    xp = array_namespace(x)
-    if not array_api_compat.is_numpy_array(x):
-        return xp.moveaxis(xp.matmul(matrix, x), 0, -2)
-    shape = (*x.shape[1:-2], matrix.shape[0], x.shape[0], x.shape[-1])
-    out = scratch.empty(shape, x.dtype)
-    np.matmul(matrix, x, out=np.moveaxis(out, -2, 0))
-    return out
-
-
-class _PhasedSums:
-    """Accumulates ``sum_f phases[d, f] G_f``, [offsets, C, C], over parts of the frequencies.
-
-    Phases are [offsets, first frequencies, other frequencies].
-    """
-
-    def __init__(self, images: Array, phases: Array) -> None:
-        self.phases = phases
-        self._num_channels = images.shape[-1]
-        self._total: Array | None = None
-        if array_api_compat.is_numpy_array(images):
-            shape = (len(phases), self._num_channels**2)
-            self._memory = scratch.empty(shape, images.dtype)
-
-    def add(self, low: int, high: int, parts: Array) -> None:
-        """Add some first frequencies: real and imaginary parts [F, 2, N, C] of these."""
-        xp = array_namespace(parts)
-        phases = xp.reshape(self.phases[:, low:high, :], (self.phases.shape[0], -1))
-        num_frequencies, _, num_cases, c = parts.shape
-        shape = (num_frequencies, 2 * num_cases, c)
-        right = xp.reshape(_rotated(parts), shape)
-        left = xp.matrix_transpose(xp.reshape(parts, shape))
-        if array_api_compat.is_numpy_array(parts):
-            self._add_by_rows(phases, left, right)
-            return
-        products = xp.reshape(xp.matmul(left, right), (num_frequencies, c * c))
-        added = xp.matmul(phases, products)
-        self._total = added if self._total is None else self._total + added
-
-    def _add_by_rows(self, phases: Array, left: Array, right: Array) -> None:
-        """A few rows of each product at a time, so that those of all frequencies are cached."""
-        c, is_first = self._num_channels, self._total is None
-        if is_first:
-            self._total = self._memory
-        sums = self._memory
-        rows = max(min(c, 64), _CACHED // (len(left) * c))
-        for start, stop in ranges(c, rows):
-            with scratch.frame():
-                products = scratch.matmul(left[:, start:stop, :], right).reshape(len(left), -1)
-                total = sums[:, start * c : stop * c]
-                if is_first:
-                    np.matmul(phases, products, out=total)
-                else:
-                    total += scratch.matmul(phases, products)
-
-    def total(self) -> Array:
-        """The sum."""
-        shape = (self.phases.shape[0], self._num_channels, self._num_channels)
-        return array_namespace(self._total).reshape(self._total, shape)
-
-
-def _rotated(parts: Array) -> Array:
-    """[A + B, B - A] from parts [A, B], both [F, 2, N, C]."""
-    xp = array_namespace(parts)
-    real, imaginary = parts[:, 0, :, :], parts[:, 1, :, :]
-    if not array_api_compat.is_numpy_array(parts):
-        return xp.stack([real + imaginary, imaginary - real], axis=1)
-    rotated = scratch.empty(parts.shape, parts.dtype)
-    np.add(real, imaginary, out=rotated[:, 0])
-    np.subtract(imaginary, real, out=rotated[:, 1])
-    return rotated
+    return xp.reshape(xp.moveaxis(xp.matmul(last, x), 0, -2), (-1, 2, num_cases, channels))
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,3 +188,15 @@ def _tables(
 def _float_name(x: Array) -> str:
     """Say "float32" or "float64", whatever the library calls it."""
     return str(x.dtype).rpartition(".")[2]
+
+
+phased_correlations.register(
+    "numba",
+    "kfac_xp.kernels.cpu.spectral:phased_correlations",
+    accepts=Condition(
+        "float32 or float64 with a multiple of 16 channels",
+        lambda images, *_: (
+            _float_name(images) in ("float32", "float64") and images.shape[-1] % 16 == 0
+        ),
+    ),
+)

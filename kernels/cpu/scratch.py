@@ -12,11 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import array_api_compat
 import numpy as np
-
-from kfac_xp.backend import array_namespace
-from kfac_xp.typing import Array
 
 LIMIT = 2**25
 """Bytes kept for each thread, at most. What does not fit is allocated as usual."""
@@ -39,7 +35,7 @@ _stack = _Stack()
 
 @contextmanager
 def frame() -> Iterator[None]:
-    """Arrays made by `empty` and `matmul` inside are given up at the end of the block.
+    """Arrays made by `empty` and `zeros` inside are given up at the end of the block.
 
     Frames nest. Nothing that is made in a frame may leave the outermost one.
     """
@@ -70,10 +66,8 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return _stack.buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """Matrix product; of NumPy arrays in an array by `empty`."""
-    if not array_api_compat.is_numpy_array(a):
-        return array_namespace(a, b).matmul(a, b)
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    out = empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
-    return np.matmul(a, b, out=out)
+def zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """As `empty`, with zeros in it."""
+    out = empty(shape, dtype)
+    out[...] = 0
+    return out

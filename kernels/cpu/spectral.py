@@ -1,0 +1,310 @@
+"""Correlations by the correlation theorem on the CPU: transforms, products, offsets, in the cache.
+
+The steps of ``kfac_xp.patch_covariance.spectral``, each a sum of outer products. A block of a
+result, `ROWS` rows by one vector of columns, is made in registers; the products of a frequency are
+never in memory: blocks of some frequencies are multiplied with the phases while they are in the
+cache. (Calls of BLAS would each be too small to be shared among threads.)
+
+Channels fill whole vectors, and a panel is one vector of them for all cases. The order of every
+sum depends on the shapes alone, not on the threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from kfac_xp.kernels.cpu import scratch
+from kfac_xp.kernels.cpu.jit import compiled
+from kfac_xp.kernels.cpu.threads import run_in_parts
+
+# A block is held in ROWS vector registers, as many as hide the latency of their sums.
+ROWS = 8
+_VECTOR_BYTES = 64 if binding.get_host_cpu_features().get("avx512f", False) else 32
+# Frequencies whose products are held at a time: a block of each, in the first level of the cache.
+_FREQUENCIES = 32
+# Elements of transforms that should stay in the second level of the cache.
+_CACHED = 2**18
+
+
+def phased_correlations(images: Any, phases: Any, transforms: Sequence[Any], workspace: int) -> Any:
+    """See ``kfac_xp.patch_covariance.spectral.phased_correlations``."""
+    num_offsets, num_first, num_others = phases.shape
+    num_cases, channels = images.shape[0], images.shape[-1]
+    sums = scratch.zeros((_padded(num_offsets), channels, channels), images.dtype)
+    # The same sizes as the reference's: lines of some first frequencies, parts of fewer.
+    per_line = 2 * math.prod(images.shape[2:])
+    per_part = 4 * num_others * channels
+    budget = workspace // images.dtype.itemsize
+    cases = max(1, min(num_cases, budget // (per_line + per_part)))
+    chunk = max(1, min(num_first, budget // (per_line * cases)))
+    inner = max(_CACHED // (per_part * cases), 2 * _FREQUENCIES // num_others)
+    inner = max(1, min(inner, chunk, budget // (per_part * cases)))
+
+    def add(lines: Any, weights: Any, first: int, group: int) -> None:
+        """The frequencies from `first` on, whose lines are from `group` on."""
+        matrix = transforms[-1]
+        if len(transforms) == 1:  # its frequencies are the first, of one group
+            matrix, group = matrix[2 * first : 2 * (first + len(weights))], 0
+            weights = weights.swapaxes(0, 1)
+        per_group = len(matrix) // 2
+        group *= weights.shape[1] // per_group
+        _add(
+            lines,
+            _transposed(matrix),
+            weights.reshape(-1, per_group, weights.shape[2]),
+            sums,
+            group,
+        )
+
+    with scratch.frame():
+        weights = scratch.zeros((num_first, num_others, len(sums)), images.dtype)
+        weights[:, :, :num_offsets] = phases.transpose(1, 2, 0)
+        for start in range(0, num_cases, cases):
+            part = np.ascontiguousarray(images[start : start + cases])
+            for low in range(0, num_first, chunk):
+                high = min(low + chunk, num_first)
+                with scratch.frame():
+                    lines = _lines(part, transforms, low, high)
+                    for i in range(low, high, inner):
+                        j = min(i + inner, high)
+                        with scratch.frame():
+                            add(lines, weights[i:j], i, i - low)
+    return sums[:num_offsets]
+
+
+def _lines(images: Any, transforms: Sequence[Any], low: int, high: int) -> Any:
+    """Everything but the last transform, of some first frequencies: [N, frequencies, size, C].
+
+    Of one axis, whose transform is the last, that is the images themselves.
+    """
+    num_cases, size, *rest, channels = images.shape
+    if not rest:
+        return images[:, None, :, :]
+    matrix = _transposed(transforms[0][2 * low : 2 * high])
+    columns = math.prod(rest) * channels
+    lines = scratch.empty((num_cases, matrix.shape[1], columns), images.dtype)
+    flat = images.reshape(num_cases, size, columns)
+    run_in_parts(
+        lambda first, last: _transform_lines(matrix, flat, lines, first, last),
+        count=columns // _lanes(images.dtype),
+        work=lines.size * size,
+    )
+    x = lines.reshape(num_cases, -1, 2, *rest, channels)
+    for matrix in transforms[1:-1]:
+        _, groups, _, length, *rest, _ = x.shape
+        x = x.reshape(num_cases, groups, 2 * length, -1)
+        x = np.matmul(matrix, x).reshape(num_cases, -1, 2, *rest, channels)
+    return x.reshape(num_cases, x.shape[1], -1, channels)
+
+
+def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int) -> None:
+    """Transform lines to panels, and add the products of their frequencies.
+
+    Parameters
+    ----------
+    lines : shape [N, more groups, length, C]
+    matrix : shape [length, (frequency, part) padded]
+    weights : shape [groups, frequencies of a group, offsets padded]
+    sums : shape [offsets padded, C, C]
+    first_group
+        Which of the lines' groups is the first.
+    """
+    groups, others, num_offsets = weights.shape
+    num_cases, _, _, channels = lines.shape
+    width = _lanes(lines.dtype)
+    shape = (groups * others, channels // width, 2 * num_cases, width)
+    parts, rotated = (scratch.empty(shape, lines.dtype) for _ in range(2))
+    run_in_parts(
+        lambda first, last: _transform_panels(
+            matrix, lines, first_group, groups, others, parts, rotated, first, last
+        ),
+        count=shape[1],
+        work=groups * matrix.size * num_cases * channels,
+    )
+    weights = weights.reshape(-1, num_offsets)
+    run_in_parts(
+        lambda first, last: _add_products(parts, rotated, weights, sums, first, last),
+        count=channels // ROWS,
+        work=len(weights) * (2 * num_cases + num_offsets) * channels**2,
+    )
+
+
+def _lanes(dtype: Any) -> int:
+    return _VECTOR_BYTES // np.dtype(dtype).itemsize
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
+
+
+def _transposed(matrix: Any) -> Any:
+    """[columns, rows], rows filled up with zeros to whole blocks."""
+    out = np.zeros((matrix.shape[1], _padded(matrix.shape[0])), dtype=matrix.dtype)
+    out[:, : matrix.shape[0]] = matrix.T
+    return out
+
+
+def _block_of(adds: bool) -> Any:
+    def block(typing_context, a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step):
+        """``out[r, :] (+)= sum_k a[k, r] * b[k, :]`` for ROWS rows and one vector of columns.
+
+        Arrays are contiguous and taken as flat: `at` is where a block begins, `step` leads from
+        one k to the next, or from one row of `out`. There is at least one k.
+        """
+        signature = types.void(a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step)
+
+        def generate(context, builder, signature, args):
+            def pointer(argument, at):
+                array = context.make_array(signature.args[argument])
+                data = array(context, builder, args[argument]).data
+                return builder.gep(data, [args[at]])
+
+            def counter(value):
+                return ir.Constant(ir.IntType(64), value)
+
+            bytes_each = a.dtype.bitwidth // 8
+            width = _VECTOR_BYTES // bytes_each
+            vector = ir.VectorType(context.get_data_type(a.dtype), width)
+            zero = ir.Constant(vector, [0.0] * width)
+            nowhere = ir.Constant(vector, ir.Undefined)
+            int32 = ir.IntType(32)
+            everywhere = ir.Constant(ir.VectorType(int32, width), [0] * width)
+
+            def vector_at(base, index):
+                return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
+
+            rows, columns, result = pointer(0, 1), pointer(3, 4), pointer(7, 8)
+            before = builder.block
+            loop, after = map(builder.append_basic_block, ("loop", "after"))
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            k, row_at, column_at = (builder.phi(ir.IntType(64)) for _ in range(3))
+            sums = [builder.phi(vector) for _ in range(ROWS)]
+            column = builder.load(vector_at(columns, column_at), align=bytes_each)
+            row = builder.gep(rows, [row_at])
+            totals = []
+            for r, total in enumerate(sums):
+                entry = builder.load(builder.gep(row, [counter(r)]))
+                spread = builder.insert_element(nowhere, entry, ir.Constant(int32, 0))
+                spread = builder.shuffle_vector(spread, nowhere, everywhere)
+                product = builder.fmul(spread, column, flags=("contract",))
+                totals.append(builder.fadd(product, total, flags=("contract",)))
+                total.add_incoming(zero, before)
+                total.add_incoming(totals[-1], loop)
+            steps = (counter(1), args[2], args[5])
+            following = [
+                builder.add(i, by) for i, by in zip((k, row_at, column_at), steps, strict=True)
+            ]
+            for i, value in zip((k, row_at, column_at), following, strict=True):
+                i.add_incoming(counter(0), before)
+                i.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following[0], args[6]), loop, after)
+
+            builder.position_at_end(after)
+            for r, total in enumerate(totals):
+                target = vector_at(result, builder.mul(counter(r), args[9]))
+                if adds:
+                    old = builder.load(target, align=bytes_each)
+                    total = builder.fadd(old, total)
+                builder.store(total, target, align=bytes_each)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return intrinsic(block)
+
+
+_set_block, _add_block = _block_of(adds=False), _block_of(adds=True)
+
+
+@compiled
+def _transform_lines(matrix, images, out, first, last):
+    """``out[n, f] = sum_y matrix[y, f] images[n, y]`` for the vectors of columns `first` to `last`.
+
+    `matrix` is [size, frequencies padded], `images` [N, size, columns], `out` [N, frequencies
+    padded, columns].
+    """
+    num_cases, size, columns = images.shape
+    rows, width = matrix.shape[1], _vector_of(matrix)
+    for n in range(num_cases):
+        for v in range(first, last):
+            for r in range(0, rows, ROWS):
+                _set_block(
+                    *(matrix, r, rows, images, n * size * columns + v * width, columns, size),
+                    *(out, (n * rows + r) * columns + v * width, columns),
+                )
+
+
+@compiled
+def _transform_panels(matrix, lines, first_group, groups, others, parts, rotated, first, last):
+    """The last transform, for the panels `first` to `last`: parts A, B and rotated A + B, B - A.
+
+    `matrix` is [length, (frequency, part) padded], `lines` [N, more groups, length, C]; `parts`
+    and `rotated` are [groups * others, panels, (part, n), width].
+    """
+    num_cases, all_groups, length, channels = lines.shape
+    width = parts.shape[3]
+    block = np.empty((ROWS, width), lines.dtype)
+    for group in range(groups):
+        for n in range(num_cases):
+            line = ((n * all_groups + first_group + group) * length) * channels
+            for panel in range(first, last):
+                for r in range(0, matrix.shape[1], ROWS):
+                    _set_block(
+                        *(matrix, r, matrix.shape[1], lines, line + panel * width, channels),
+                        *(length, block, 0, width),
+                    )
+                    for i in range(min(ROWS // 2, others - r // 2)):
+                        f = group * others + r // 2 + i
+                        for c in range(width):
+                            real, imaginary = block[2 * i, c], block[2 * i + 1, c]
+                            parts[f, panel, n, c] = real
+                            parts[f, panel, num_cases + n, c] = imaginary
+                            rotated[f, panel, n, c] = real + imaginary
+                            rotated[f, panel, num_cases + n, c] = imaginary - real
+
+
+@compiled
+def _add_products(parts, rotated, weights, sums, first, last):
+    """``sums[d] += sum_f weights[f, d] parts[f]^T rotated[f]`` for the blocks `first` to `last`.
+
+    Blocks are of rows of the sums [offsets padded, C, C]; `weights` is [F, offsets padded], the
+    others [F, panels, K, width].
+    """
+    num_frequencies, panels, size, width = parts.shape
+    num_offsets, channels, _ = sums.shape
+    products = np.empty((_FREQUENCIES, ROWS, width), parts.dtype)
+    step = panels * size * width
+    for begin in range(0, num_frequencies, _FREQUENCIES):
+        count = min(_FREQUENCIES, num_frequencies - begin)
+        for block in range(first, last):
+            row = block * ROWS
+            left = (row // width) * size * width + row % width
+            for panel in range(panels):
+                for f in range(count):
+                    start = (begin + f) * step
+                    _set_block(
+                        *(parts, start + left, width, rotated, start + panel * size * width),
+                        *(width, size, products, f * ROWS * width, width),
+                    )
+                for d in range(0, num_offsets, ROWS):
+                    for r in range(ROWS):
+                        at = (d * channels + row + r) * channels + panel * width
+                        _add_block(
+                            *(weights, begin * num_offsets + d, num_offsets, products),
+                            *(r * width, ROWS * width, count, sums, at, channels * channels),
+                        )
+
+
+@compiled
+def _vector_of(array):
+    """Elements of a vector."""
+    return _VECTOR_BYTES // array.itemsize
