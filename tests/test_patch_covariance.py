@@ -140,14 +140,17 @@ def test_generated_geometries(convolution, has_bias, workspace, seed):
 def test_float32_is_as_accurate_as_the_product_of_patches(method, size, rng):
     *shape, k = size
     geometry = ConvGeometry.create((k, k))
-    # A mean makes the sums large beside the differences between them.
-    x = rng.standard_normal(shape).astype(np.float32) + 0.5
-    patches = kfac_xp.extract_patches(x.astype(np.float64), geometry)
-    rows = patches.reshape(-1, patches.shape[-1])
-    want = rows.T @ rows / len(rows)
-    single = rows.astype(np.float32)
-    plain = np.abs(single.T @ single / np.float32(len(rows)) - want).max()
-    assert np.abs(patch_covariance(x, geometry, method=method) - want).max() <= 2 * plain
+    plain, errors = [], []
+    for _ in range(4):  # the largest error of one draw varies by half of it
+        # A mean makes the sums large beside the differences between them.
+        x = rng.standard_normal(shape).astype(np.float32) + 0.5
+        patches = kfac_xp.extract_patches(x.astype(np.float64), geometry)
+        rows = patches.reshape(-1, patches.shape[-1])
+        want = rows.T @ rows / len(rows)
+        single = rows.astype(np.float32)
+        plain.append(np.abs(single.T @ single / np.float32(len(rows)) - want).max())
+        errors.append(np.abs(patch_covariance(x, geometry, method=method) - want).max())
+    assert max(errors) <= 2 * max(plain)
 
 
 def test_masks_and_half_precision(xp, rng):

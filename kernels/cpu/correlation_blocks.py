@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.kernels.cpu.jit import compiled
+from kfac_xp.kernels.cpu.threads import run_in_parts
 
 # Side of the squares in which a matrix is transposed: one of them fits the first cache.
 _TILE = 64
+# Multiply-adds that take as long as moving an element.
+_WORK = 16
 
 
 def correlation_blocks(halves: Any, pairs: Any, blocks: Any, last: Any | None = None) -> Any:
@@ -17,25 +20,33 @@ def correlation_blocks(halves: Any, pairs: Any, blocks: Any, last: Any | None = 
     num_offsets, num_blocks, channels, _, _ = halves.shape
     width = num_blocks * channels
     correlations = halves.reshape(num_offsets, width, width)
-    _add_mirrored(correlations)
+    run_in_parts(
+        lambda first, last: _add_mirrored(correlations, first, last),
+        count=(num_offsets + 1) // 2,
+        work=correlations.size * _WORK,
+    )
     side = len(blocks) * channels + (last is not None)
     out = np.empty((side, side), dtype=halves.dtype)
-    _gather(correlations, pairs, blocks, channels, out)
+    run_in_parts(
+        lambda first, last: _gather(correlations, pairs, blocks, channels, out, first, last),
+        count=len(blocks) * channels,
+        work=out.size * _WORK,
+    )
     if last is not None:
         out[-1, :] = out[:, -1] = last
     return out
 
 
 @compiled
-def _add_mirrored(halves):
-    """In place, ``halves[d] + halves[-d].T``: each sum once, for d and for -d.
+def _add_mirrored(halves, first, last):
+    """In place, ``halves[d] + halves[-d].T``: each sum once, for d from `first` on and for -d.
 
     Squares are transposed in a buffer, so that memory is read and written along rows only. The
     buffer's rows are one longer than they need be: a column of it then lies in many cache sets.
     """
     num_offsets, width, _ = halves.shape
     square = np.empty((_TILE, _TILE + 1), halves.dtype)
-    for d in range((num_offsets + 1) // 2):
+    for d in range(first, last):
         mirror = num_offsets - 1 - d
         for r_0 in range(0, width, _TILE):
             rows = np.uintp(min(_TILE, width - r_0))
@@ -57,15 +68,14 @@ def _add_mirrored(halves):
 
 
 @compiled
-def _gather(correlations, pairs, blocks, channels, out):
-    """Write the rows and columns of `out` that belong to taps, row by row."""
+def _gather(correlations, pairs, blocks, channels, out, first, last):
+    """Write the rows `first` to `last` of `out`, but for the columns that belong to no tap."""
     num_taps = blocks.shape[0]
-    for t in range(num_taps):
-        for c in range(channels):
-            row = np.uintp(t * channels + c)
-            source = np.uintp(blocks[t] * channels + c)
-            for u in range(num_taps):
-                d = np.uintp(pairs[t, u])
-                first_in, first_out = np.uintp(blocks[u] * channels), np.uintp(u * channels)
-                for e in range(np.uintp(channels)):
-                    out[row, first_out + e] = correlations[d, source, first_in + e]
+    for row in range(np.uintp(first), np.uintp(last)):
+        t, c = row // np.uintp(channels), row % np.uintp(channels)
+        source = np.uintp(blocks[t] * channels) + c
+        for u in range(num_taps):
+            d = np.uintp(pairs[t, u])
+            first_in, first_out = np.uintp(blocks[u] * channels), np.uintp(u * channels)
+            for e in range(np.uintp(channels)):
+                out[row, first_out + e] = correlations[d, source, first_in + e]

@@ -16,28 +16,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import types
-from numba.extending import intrinsic
 
 from kfac_xp.kernels.cpu import scratch
+from kfac_xp.kernels.cpu.blocks import ROWS, VECTOR_BYTES, add_block, lanes, padded, set_block
 from kfac_xp.kernels.cpu.jit import compiled
 from kfac_xp.kernels.cpu.threads import run_in_parts
 
-# A block is held in ROWS vector registers, as many as hide the latency of their sums.
-ROWS = 8
-_VECTOR_BYTES = 64 if binding.get_host_cpu_features().get("avx512f", False) else 32
 # Frequencies whose products are held at a time: a block of each, in the first level of the cache.
 _FREQUENCIES = 32
 # Elements of transforms that should stay in the second level of the cache.
-_CACHED = 2**18
+_CACHED = 2**20
 
 
 def phased_correlations(images: Any, phases: Any, transforms: Sequence[Any], workspace: int) -> Any:
     """See ``kfac_xp.patch_covariance.spectral.phased_correlations``."""
     num_offsets, num_first, num_others = phases.shape
     num_cases, channels = images.shape[0], images.shape[-1]
-    sums = scratch.zeros((_padded(num_offsets), channels, channels), images.dtype)
+    sums = scratch.zeros((padded(num_offsets), channels, channels), images.dtype)
     # The same sizes as the reference's: lines of some first frequencies, parts of fewer.
     per_line = 2 * math.prod(images.shape[2:])
     per_part = 4 * num_others * channels
@@ -93,7 +88,7 @@ def _lines(images: Any, transforms: Sequence[Any], low: int, high: int) -> Any:
     flat = images.reshape(num_cases, size, columns)
     run_in_parts(
         lambda first, last: _transform_lines(matrix, flat, lines, first, last),
-        count=columns // _lanes(images.dtype),
+        count=columns // lanes(images.dtype),
         work=lines.size * size,
     )
     x = lines.reshape(num_cases, -1, 2, *rest, channels)
@@ -118,7 +113,7 @@ def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int) -> 
     """
     groups, others, num_offsets = weights.shape
     num_cases, _, _, channels = lines.shape
-    width = _lanes(lines.dtype)
+    width = lanes(lines.dtype)
     shape = (groups * others, channels // width, 2 * num_cases, width)
     parts, rotated = (scratch.empty(shape, lines.dtype) for _ in range(2))
     run_in_parts(
@@ -136,93 +131,11 @@ def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int) -> 
     )
 
 
-def _lanes(dtype: Any) -> int:
-    return _VECTOR_BYTES // np.dtype(dtype).itemsize
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // ROWS) * ROWS
-
-
 def _transposed(matrix: Any) -> Any:
     """[columns, rows], rows filled up with zeros to whole blocks."""
-    out = np.zeros((matrix.shape[1], _padded(matrix.shape[0])), dtype=matrix.dtype)
+    out = np.zeros((matrix.shape[1], padded(matrix.shape[0])), dtype=matrix.dtype)
     out[:, : matrix.shape[0]] = matrix.T
     return out
-
-
-def _block_of(adds: bool) -> Any:
-    def block(typing_context, a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step):
-        """``out[r, :] (+)= sum_k a[k, r] * b[k, :]`` for ROWS rows and one vector of columns.
-
-        Arrays are contiguous and taken as flat: `at` is where a block begins, `step` leads from
-        one k to the next, or from one row of `out`. There is at least one k.
-        """
-        signature = types.void(a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step)
-
-        def generate(context, builder, signature, args):
-            def pointer(argument, at):
-                array = context.make_array(signature.args[argument])
-                data = array(context, builder, args[argument]).data
-                return builder.gep(data, [args[at]])
-
-            def counter(value):
-                return ir.Constant(ir.IntType(64), value)
-
-            bytes_each = a.dtype.bitwidth // 8
-            width = _VECTOR_BYTES // bytes_each
-            vector = ir.VectorType(context.get_data_type(a.dtype), width)
-            zero = ir.Constant(vector, [0.0] * width)
-            nowhere = ir.Constant(vector, ir.Undefined)
-            int32 = ir.IntType(32)
-            everywhere = ir.Constant(ir.VectorType(int32, width), [0] * width)
-
-            def vector_at(base, index):
-                return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
-
-            rows, columns, result = pointer(0, 1), pointer(3, 4), pointer(7, 8)
-            before = builder.block
-            loop, after = map(builder.append_basic_block, ("loop", "after"))
-            builder.branch(loop)
-
-            builder.position_at_end(loop)
-            k, row_at, column_at = (builder.phi(ir.IntType(64)) for _ in range(3))
-            sums = [builder.phi(vector) for _ in range(ROWS)]
-            column = builder.load(vector_at(columns, column_at), align=bytes_each)
-            row = builder.gep(rows, [row_at])
-            totals = []
-            for r, total in enumerate(sums):
-                entry = builder.load(builder.gep(row, [counter(r)]))
-                spread = builder.insert_element(nowhere, entry, ir.Constant(int32, 0))
-                spread = builder.shuffle_vector(spread, nowhere, everywhere)
-                product = builder.fmul(spread, column, flags=("contract",))
-                totals.append(builder.fadd(product, total, flags=("contract",)))
-                total.add_incoming(zero, before)
-                total.add_incoming(totals[-1], loop)
-            steps = (counter(1), args[2], args[5])
-            following = [
-                builder.add(i, by) for i, by in zip((k, row_at, column_at), steps, strict=True)
-            ]
-            for i, value in zip((k, row_at, column_at), following, strict=True):
-                i.add_incoming(counter(0), before)
-                i.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following[0], args[6]), loop, after)
-
-            builder.position_at_end(after)
-            for r, total in enumerate(totals):
-                target = vector_at(result, builder.mul(counter(r), args[9]))
-                if adds:
-                    old = builder.load(target, align=bytes_each)
-                    total = builder.fadd(old, total)
-                builder.store(total, target, align=bytes_each)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return intrinsic(block)
-
-
-_set_block, _add_block = _block_of(adds=False), _block_of(adds=True)
 
 
 @compiled
@@ -233,11 +146,11 @@ def _transform_lines(matrix, images, out, first, last):
     padded, columns].
     """
     num_cases, size, columns = images.shape
-    rows, width = matrix.shape[1], _vector_of(matrix)
+    rows, width = matrix.shape[1], VECTOR_BYTES // matrix.itemsize
     for n in range(num_cases):
         for v in range(first, last):
             for r in range(0, rows, ROWS):
-                _set_block(
+                set_block(
                     *(matrix, r, rows, images, n * size * columns + v * width, columns, size),
                     *(out, (n * rows + r) * columns + v * width, columns),
                 )
@@ -258,7 +171,7 @@ def _transform_panels(matrix, lines, first_group, groups, others, parts, rotated
             line = ((n * all_groups + first_group + group) * length) * channels
             for panel in range(first, last):
                 for r in range(0, matrix.shape[1], ROWS):
-                    _set_block(
+                    set_block(
                         *(matrix, r, matrix.shape[1], lines, line + panel * width, channels),
                         *(length, block, 0, width),
                     )
@@ -291,20 +204,14 @@ def _add_products(parts, rotated, weights, sums, first, last):
             for panel in range(panels):
                 for f in range(count):
                     start = (begin + f) * step
-                    _set_block(
+                    set_block(
                         *(parts, start + left, width, rotated, start + panel * size * width),
                         *(width, size, products, f * ROWS * width, width),
                     )
                 for d in range(0, num_offsets, ROWS):
                     for r in range(ROWS):
                         at = (d * channels + row + r) * channels + panel * width
-                        _add_block(
+                        add_block(
                             *(weights, begin * num_offsets + d, num_offsets, products),
                             *(r * width, ROWS * width, count, sums, at, channels * channels),
                         )
-
-
-@compiled
-def _vector_of(array):
-    """Elements of a vector."""
-    return _VECTOR_BYTES // array.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -135,8 +136,9 @@ def _stacked(views: list[Array]) -> Array:
 
 
 def _covariance(rows: Array, normalizer: float) -> Array:
-    """`compute_cov` in memory from `scratch`."""
-    if not array_api_compat.is_numpy_array(rows):
+    """`compute_cov`; of NumPy arrays that fill whole vectors without BLAS and its threads."""
+    if not array_api_compat.is_numpy_array(rows) or rows.shape[1] % 16:
         return compute_cov(rows, None, normalizer)
+    second_moment = importlib.import_module("kfac_xp.kernels.cpu.second_moment").second_moment
     rows *= normalizer**-0.5
-    return np.matmul(rows.T, rows, out=scratch.empty((rows.shape[1],) * 2, rows.dtype))
+    return second_moment(rows)

@@ -88,6 +88,13 @@ def grid_plans(grid: TapGrid, sizes: Sizes, rates: Rates) -> dict[Method, Plan]:
     return plans
 
 
+def _slab_plan(grid: TapGrid, sizes: Sizes, rates: Rates) -> Plan:
+    """The cheaper of patches and the spectral method, which are compiled for NumPy."""
+    plans = grid_plans(grid, sizes, rates)
+    plans.pop("offsets", None)
+    return cheapest(plans)
+
+
 def cheapest(plans: dict[Method, Plan]) -> Plan:
     """The plan with the lowest estimate."""
     return min(plans.values(), key=lambda plan: plan.seconds)
