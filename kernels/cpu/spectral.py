@@ -167,10 +167,10 @@ def _transform_panels(matrix, lines, first_group, groups, others, parts, rotated
     width = parts.shape[3]
     block = np.empty((ROWS, width), lines.dtype)
     for group in range(groups):
-        for n in range(num_cases):
-            line = ((n * all_groups + first_group + group) * length) * channels
-            for panel in range(first, last):
-                for r in range(0, matrix.shape[1], ROWS):
+        for panel in range(first, last):
+            for r in range(0, matrix.shape[1], ROWS):
+                for n in range(num_cases):  # innermost: what is written is consecutive
+                    line = (n * all_groups + first_group + group) * length * channels
                     set_block(
                         *(matrix, r, matrix.shape[1], lines, line + panel * width, channels),
                         *(length, block, 0, width),

@@ -75,7 +75,7 @@ def grid_plans(grid: TapGrid, sizes: Sizes, rates: Rates) -> dict[Method, Plan]:
     plans: dict[Method, Plan] = {"chunked": Plan(grid, "chunked", chunked)}
     if not grid.has_correlations:
         return plans
-    slabs = tuple((slab, cheapest(grid_plans(slab.grid, sizes, rates))) for slab in grid.slabs())
+    slabs = tuple((slab, _slab_plan(slab.grid, sizes, rates)) for slab in grid.slabs())
     width = grid.num_taps * sizes.num_channels
     shared = rates.passes(2 * width**2) + sum(
         plan.seconds + rates.passes(3 * (plan.grid.num_taps * sizes.num_channels) ** 2)
