@@ -19,6 +19,7 @@ from kfac_xp.backend import (
     device_of,
     require_one_place,
 )
+from kfac_xp.backend import is_one_float as _one_float
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
 from kfac_xp.linalg import append_homog
 from kfac_xp.typing import Array
@@ -307,11 +308,6 @@ def _pad(images: Array, pads: tuple[tuple[int, int], ...]) -> Array:
 # ---------------------------------------------------------------------------------------------
 # Kernels. `wins` follows benchmarks/results/kernels-cpu-2026-11-20.md (2 cores, 1 and 2 threads):
 # a region is named where every size measured in it was at least 1.15 times as fast.
-
-
-def _one_float(*arrays: Array | None) -> bool:
-    """True if the arrays given are all float32 or all float64."""
-    return {str(a.dtype) for a in arrays if a is not None} in ({"float32"}, {"float64"})
 
 
 # Multiply-adds of one case up to which BLAS computes its product on one thread. The squared outer

@@ -56,7 +56,7 @@ class Decomposition:
 class Attempt:
     """Matrix functions computed on one rung, with checks that have not been read.
 
-    `health` has shape [4]: all finite (1 or 0), residual, condition, jitter.
+    `health` has shape [3]: residual (NaN if anything is not finite), condition, jitter.
     """
 
     rung: str
@@ -175,17 +175,10 @@ class Dense(Representation):
         with linalg.quiet_failures(value):
             arrays, checks = self._compute(source, jitter, clipped=clipped)
             arrays = {request: cast(a, value.dtype) for request, a in arrays.items()}
-        finite = xp.all(xp.stack([xp.all(xp.isfinite(a)) for a in arrays.values()]))
-        place = {"dtype": source.dtype, "device": device_of(source)}
-        residuals = [r for r, _ in checks] or [xp.zeros((), **place)]
-        conditions = [c for _, c in checks] or [xp.ones((), **place)]
-        health = [
-            xp.astype(finite, source.dtype),
-            xp.max(xp.stack(residuals)),
-            xp.max(xp.stack(conditions)),
-            xp.asarray(jitter, **place),
-        ]
-        return Attempt(rung, arrays, xp.astype(xp.stack(health), xp.float32))
+        worst = xp.max(xp.stack(checks), axis=0)
+        added = xp.asarray(jitter, dtype=worst.dtype, device=device_of(worst))
+        health = xp.concat([worst, xp.reshape(added, (1,))])
+        return Attempt(rung, arrays, xp.astype(health, xp.float32))
 
     def first_attempt(self, value: Array) -> Attempt:
         """The attempt on the first rung, which is always a way."""
@@ -201,14 +194,14 @@ class Dense(Representation):
             assert last is not None
             self.decomposition = replace(last, rung=RUNGS[-1])
             return
-        attempt, (_, residual, condition, jitter) = result
+        attempt, (residual, condition, jitter) = result
         self.cache.stored = dict(attempt.arrays)
         self.decomposition = Decomposition(attempt.rung, jitter, residual, condition, num_updates)
 
     def _compute(
         self, value: Array, jitter: Scalar, *, clipped: bool
-    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
-        """Every registered function, and (residual, condition) of the damped matrices."""
+    ) -> tuple[dict[Request, Array], list[Array]]:
+        """Every registered function, and the (residual, condition), shape [2], of each."""
         cov = self.cov_of(value)
         requests = [r for r in self.cache.requests if r.kind in FUNCTIONS_OF_COV]
         powers = [r for r in requests if r.kind == "matpower"]
@@ -220,25 +213,20 @@ class Dense(Representation):
         )
         dampings = {r: as_scalar_like(r.damping.read(), cov) + jitter for r in requests}
         arrays: dict[Request, Array] = {}
-        checks: list[tuple[Array, Array]] = []
+        checks: list[Array] = []
         if powers and by_eigh:
             w, v = self._eigh(cov, floor=relative_jitter(cov) if clipped else None)
             for request in powers:
                 damping = dampings[request]
                 arrays[request] = linalg.eigen_power(w, v, request.exp, damping)
-                checks.append((no_residual(w), (w[-1] + damping) / (w[0] + damping)))
+                condition = (w[-1] + damping) / (w[0] + damping)
+                checks.append(without_residual(arrays[request], condition))
         else:
             for request in powers:
                 damping = dampings[request]
                 inverse = linalg.psd_inv(cov, damping, self.options.posdef_inv_method)
                 arrays[request] = inverse
-                condition = linalg.one_norm(cov) + damping  # the diagonal is not negative
-                checks.append(
-                    (
-                        linalg.inverse_residual(cov, inverse, damping),
-                        condition * linalg.one_norm(inverse),
-                    )
-                )
+                checks.append(linalg.inverse_checks(cov, inverse, damping))
         factors: dict[DampingKey, Array] = {}
         for request in requests:
             if request.kind == "matpower":
@@ -252,6 +240,7 @@ class Dense(Representation):
             factor = factors[request.damping]
             is_inverse = request.kind == "cholesky_inverse"
             arrays[request] = linalg.inverse_lower(factor) if is_inverse else factor
+            checks.append(without_residual(arrays[request]))
         return {r: arrays[r] for r in requests}, checks
 
     def _eigh(self, cov: Array, floor: Scalar | None = None) -> tuple[Array, Array]:
@@ -329,8 +318,8 @@ def _climb(
 
 
 def _passes(health: Sequence[float]) -> bool:
-    ok, residual, condition, _ = health
-    return ok == 1 and residual <= MAX_RESIDUAL and condition == condition
+    residual, condition, _ = health
+    return residual <= MAX_RESIDUAL and condition == condition
 
 
 def _read_together(
@@ -342,8 +331,8 @@ def _read_together(
     xp = array_namespace(*healths, *flags)
     entries = [*healths, *(xp.reshape(xp.astype(flag, xp.float32), (1,)) for flag in flags)]
     values = to_numpy(xp.concat(entries)).tolist()
-    split = 4 * len(healths)
-    rows = [values[i : i + 4] for i in range(0, split, 4)]
+    split = 3 * len(healths)
+    rows = [values[i : i + 3] for i in range(0, split, 3)]
     return rows, [value == 1 for value in values[split:]]
 
 
@@ -353,7 +342,9 @@ def relative_jitter(cov: Array) -> Array:
     return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
 
 
-def no_residual(like: Array) -> Array:
-    """The residual of what is no inverse: there is nothing to check."""
-    xp = array_namespace(like)
-    return xp.zeros((), dtype=like.dtype, device=device_of(like))
+def without_residual(array: Array, condition: Scalar = 1.0) -> Array:
+    """The checks of what is no inverse: no residual if all is finite, else NaN; the condition."""
+    xp = array_namespace(array)
+    zero = xp.zeros((), dtype=array.dtype, device=device_of(array))
+    residual = xp.where(xp.all(xp.isfinite(array)), zero, zero + xp.nan)
+    return xp.stack([residual, zero + condition])
