@@ -33,9 +33,15 @@ def array_namespace(*arrays: Array) -> Namespace:
     TypeError
         If the arrays come from several libraries, or one is not an array.
     """
-    known = {_namespaces.get(type(a)) for a in arrays}
-    if len(known) == 1 and None not in known:
-        return known.pop()
+    found = None
+    for a in arrays:
+        known = _namespaces.get(type(a))
+        if known is None or known is not (found or known):
+            break
+        found = known
+    else:
+        if found is not None:
+            return found
     try:
         xp = array_api_compat.array_namespace(*arrays)
         # JAX's gradients of integers are NumPy arrays, of a dtype of the kind "V".
@@ -251,6 +257,10 @@ class KernelOp:
         if self._check is not None:
             self._check(*args, **kwargs)
         return self._choose(args, kwargs)[0](*args, **kwargs)
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Array]:
+        """The implementation that would run on these arguments."""
+        return self._choose(args, kwargs)[0]
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Which implementation would run on these arguments, and why."""

@@ -42,7 +42,7 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     # half the work of a general product.
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
     if not scale_rows:
-        cov = cov / n
+        cov /= n  # an array of this function's own
     # That update writes one triangle and copies it, so its result is exactly symmetric.
     return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
 

@@ -120,6 +120,10 @@ class Dense(Representation):
         """The matrix functions as last computed."""
         return list(self.cache.stored.values())
 
+    def holders(self) -> list[Any]:
+        """Itself and its table."""
+        return [self, self.cache]
+
     def state_dict(self) -> dict[str, Any]:
         """The matrix functions as last computed, by order of registration, and how."""
         state: dict[str, Any] = {"stored": self.cache.state_dict()}
