@@ -1,8 +1,8 @@
 """What the choice of an implementation costs: ``python -m benchmarks.dispatch``.
 
-Arrays of a few dozen entries, on which an op's checks, its choice and the Python around them are all
-that takes time. A call of the op and a call of the implementation that it chooses take turns; what
-the first takes longer is the dispatch, checks included.
+Arrays of a few dozen entries, on which an op's checks, its choice and the Python around them are
+nearly all that takes time. Calls of the op and calls of the implementation that it chooses take
+turns; what the first take longer is the dispatch, checks included.
 """
 
 from __future__ import annotations
