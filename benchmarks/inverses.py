@@ -6,9 +6,9 @@ kfac_xp, with everything that it checks, against ``numpy.linalg.inv`` and PyTorc
 ``cholesky_inverse``, both one matrix after the other and without looking at the results. They take
 turns, so that a busy machine slows all; a line gives medians of the rounds.
 
-Two more columns are for what the library does not do, because it gains nothing here: its inverses
-from as many Python threads as BLAS has, the largest first, and (sets of one size)
-``numpy.linalg.inv`` of the stacked matrices.
+Three more columns are for comparison within: the library's inverses alone, one after the other and
+without checks; the same from as many Python threads as BLAS has, the largest first; and for sets of
+one size ``numpy.linalg.inv`` of the stacked matrices. The library inverts factors one by one.
 """
 
 from __future__ import annotations
@@ -76,20 +76,20 @@ def main() -> None:
     if torch is None:
         print(f"PyTorch is left out: {reason}")
     print(
-        "\n| set | factors | kfac_xp, ms | numpy.linalg.inv | PyTorch | Python threads | stacked |"
+        "\n| set | factors | kfac_xp, ms | numpy.linalg.inv | PyTorch | alone | threads | stacked |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for name in _options.sets or SETS:
         sizes = [n for n in SETS[name] if not (_options.quick and n > QUICK_SIZE)]
         times = measure(sizes, torch, _options.threads, _options.rounds)
         ours = times.pop("kfac_xp")
         cells = [f"{1e3 * ours:.1f}"]
-        for peer_name in ("numpy", "torch", "threads", "stacked"):
+        for peer_name in ("numpy", "torch", "alone", "threads", "stacked"):
             seconds = times.get(peer_name)
             cells.append(
                 "" if seconds is None else f"{1e3 * seconds:.1f} ({seconds / ours:.2f} times)"
             )
-        print(f"| {name} | {len(sizes)} to {max(sizes)} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {len(sizes)}, to {max(sizes)} | {' | '.join(cells)} |", flush=True)
 
 
 def measure(
@@ -124,6 +124,7 @@ def contestants(sizes: Sequence[int], torch: object | None, threads: int) -> Cal
     calls: Calls = {
         "kfac_xp": lambda: refresh_factors(factors),
         "numpy": lambda: [np.linalg.inv(x) for x in damped],
+        "alone": lambda: [psd_inv(x, DAMPING) for x in largest_first],
         "threads": lambda: list(pool.map(lambda x: psd_inv(x, DAMPING), largest_first)),
     }
     if len(set(sizes)) == 1:

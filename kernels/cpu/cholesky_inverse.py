@@ -37,16 +37,13 @@ def cholesky_inverse(x: Any, damping: Any) -> Any:
 
 def inverse_checks(x: Any, inverse: Any, damping: Any) -> Any:
     """See ``kfac_xp.linalg.inverse_checks``."""
-    damping = x.dtype.type(damping)
-    image, norm_of_inverse = _product_and_norm(inverse, _probe(x.shape[0], x.dtype.type))
-    product, norm = _product_and_norm(x, image)
-    residual = np.max(np.abs(product + damping * image - _probe(x.shape[0], x.dtype.type)))
-    return np.stack([residual, (norm + damping) * norm_of_inverse])
+    kind = x.dtype.type
+    return np.array(_checks(x, inverse, kind(damping), _probe(len(x), kind)), dtype=x.dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _probe(n: int, dtype: Any) -> Any:
-    index = np.arange(n, dtype=dtype)
+def _probe(n: int, kind: Any) -> Any:
+    index = np.arange(n, dtype=kind)
     return np.cos(index * index)
 
 
@@ -181,19 +178,31 @@ def _mirror(a):
 
 
 @compiled
-def _product_and_norm(a, x):
-    """``a @ x`` [n], and the largest sum of absolute values in a row of `a` [n, n]; NaN spreads."""
-    n = a.shape[0]
-    product = np.empty(n, a.dtype)
-    norm = a.dtype.type(0)
+def _checks(x, inverse, damping, probe):
+    """The residual and the condition number, reading each matrix [n, n] once; NaN spreads."""
+    n = x.shape[0]
+    zero = x.dtype.type(0)
+    image = np.empty(n, x.dtype)
+    norm_of_inverse = zero
     for i in range(n):
-        total, size = a.dtype.type(0), a.dtype.type(0)
+        total, size = zero, zero
         for j in range(np.uintp(n)):
-            total += a[i, np.uintp(j)] * x[np.uintp(j)]
-            size += abs(a[i, np.uintp(j)])
-        product[i] = total
-        if not size <= norm:
-            norm = size
-            if norm != norm:
-                return product * norm, norm
-    return product, norm
+            total += inverse[i, np.uintp(j)] * probe[np.uintp(j)]
+            size += abs(inverse[i, np.uintp(j)])
+        image[i] = total
+        if not size <= norm_of_inverse:
+            norm_of_inverse = size
+            if norm_of_inverse != norm_of_inverse:
+                return norm_of_inverse, norm_of_inverse
+    residual, norm = zero, zero
+    for i in range(n):
+        total, size = damping * image[i] - probe[i], zero
+        for j in range(np.uintp(n)):
+            total += x[i, np.uintp(j)] * image[np.uintp(j)]
+            size += abs(x[i, np.uintp(j)])
+        norm = max(norm, size)
+        if not abs(total) <= residual:
+            residual = abs(total)
+            if residual != residual:
+                break
+    return residual, (norm + damping) * norm_of_inverse
