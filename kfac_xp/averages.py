@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kfac_xp.backend import array_namespace, as_number, as_scalar_like, device_of, is_readable
+from kfac_xp.backend import (
+    Condition,
+    KernelOp,
+    array_namespace,
+    as_number,
+    as_scalar_like,
+    device_of,
+    is_one_float,
+    is_readable,
+)
 from kfac_xp.typing import Array, Scalar
 
 
@@ -50,31 +60,34 @@ class MovingAverage:
         """Weight of a new value that goes with `decay` when the caller names none."""
         return 1.0 if self.zero_debias else 1.0 - as_number(decay)
 
-    def update(self, new: Array, *, decay: Scalar, weight: Scalar | None = None) -> None:
-        """Average in `new`.
+    def step(self, new: Array, *, decay: Scalar, weight: Scalar | None = None) -> AverageStep:
+        """What `update` makes of `new`; the average stays as it is until it is taken.
 
-        An update that is not finite is left out. Where values cannot be read for free the choice
-        is made on the device and remembered in `all_finite`; elsewhere the caller has refused
-        such an update before (see `is_finite`).
+        Where values cannot be read for free, an update that is not finite is left out by a choice
+        on the device; elsewhere `AverageStep.is_finite` tells, and the caller refuses it.
         """
         weight = self.default_weight(decay) if weight is None else weight
         decay, weight = as_scalar_like(decay, new), as_scalar_like(weight, new)
-        total = decay * self.total
-        # An array of this method's own, so that it may be added to.
-        total += new if isinstance(weight, float) and weight == 1.0 else weight * new
+        total, finite = averaged(self.total, new, decay, weight)
         total_weight = decay * self.weight + weight
-        if not is_readable(new):
-            xp = array_namespace(new)
-            finite = xp.all(xp.isfinite(new))
-            total = xp.where(finite, total, self.total)
-            place = {"dtype": new.dtype, "device": device_of(new)}
-            total_weight = xp.where(
-                finite, xp.asarray(total_weight, **place), xp.asarray(self.weight, **place)
-            )
-            self.all_finite = finite if self.all_finite is None else self.all_finite & finite
-        self.total, self.weight = total, total_weight
-        self.num_updates += 1
-        self._value = None
+        if is_readable(new):
+            return AverageStep(self, total, total_weight, None, bool(finite))
+        xp = array_namespace(new)
+        total = xp.where(finite, total, self.total)
+        place = {"dtype": new.dtype, "device": device_of(new)}
+        total_weight = xp.where(
+            finite, xp.asarray(total_weight, **place), xp.asarray(self.weight, **place)
+        )
+        flag = finite if self.all_finite is None else self.all_finite & finite
+        return AverageStep(self, total, total_weight, flag, True)
+
+    def update(self, new: Array, *, decay: Scalar, weight: Scalar | None = None) -> None:
+        """Average in `new`.
+
+        Where values cannot be read for free, an update that is not finite is left out, which is
+        remembered in `all_finite`.
+        """
+        self.step(new, decay=decay, weight=weight).take()
 
     def add_to_average(self, new: Array, decay: Scalar = 1.0, weight: Scalar = 1.0) -> None:
         """As `update`, with the reference's name and defaults: the plain mean."""
@@ -123,6 +136,48 @@ class MovingAverage:
 MovingAverageVariable = MovingAverage
 
 
+@dataclass(frozen=True)
+class AverageStep:
+    """One step of a moving average, computed and not yet taken.
+
+    Parameters
+    ----------
+    average
+        What takes the step.
+    total, weight, all_finite
+        Its attributes after the step.
+    is_finite
+        Whether what is averaged in is known to be finite, or cannot be read for free.
+    """
+
+    average: MovingAverage
+    total: Array
+    weight: Scalar
+    all_finite: Array | None
+    is_finite: bool
+
+    def take(self) -> None:
+        """Let the average be what the step makes of it."""
+        average = self.average
+        average.total, average.weight, average.all_finite = self.total, self.weight, self.all_finite
+        average.num_updates += 1
+        average._value = None
+
+
+@KernelOp
+def averaged(total: Array, new: Array, decay: Scalar, weight: Scalar) -> tuple[Array, Array]:
+    """``decay * total + weight * new``, and whether all of `new` is finite: a 0-d bool.
+
+    Of the dtype of the arrays; the numbers are Python's or 0-d arrays of that dtype.
+    """
+    xp = array_namespace(total, new)
+    result = decay * total
+    # An array of this function's own, so that it may be added to.
+    result += new if isinstance(weight, float) and weight == 1.0 else weight * new
+    finite = is_finite(new) if is_readable(new) else xp.all(xp.isfinite(new))
+    return result, finite
+
+
 class AccumulatorVariable:
     """A sum of arrays and their number, to be read as a mean: for gradients of several batches."""
 
@@ -168,3 +223,17 @@ def is_finite(x: Array) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         total = xp.sum(x)
     return bool(xp.isfinite(total)) or bool(xp.all(xp.isfinite(x)))
+
+
+averaged.register(
+    "numba",
+    "kfac_xp.kernels.cpu.averaged:averaged",
+    accepts=Condition(
+        "contiguous arrays that are both float32 or both float64",
+        lambda total, new, decay, weight: (
+            is_one_float(total, new) and total.flags.c_contiguous and new.flags.c_contiguous
+        ),
+    ),
+    # Below, NumPy's three passes stay in the cache.
+    wins=Condition("at least 2**14 entries", lambda total, new, decay, weight: total.size >= 2**14),
+)

@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import array_api_compat
+import numpy as np
 
 from kfac_xp.typing import Array, Namespace, Scalar
 
 REFERENCE = "reference"
 BACKENDS = (REFERENCE, "numba", "cuda")
+
+
+# Found once for each type of array: that takes as long as several small operations.
+_namespaces: dict[type, Namespace] = {}
 
 
 def array_namespace(*arrays: Array) -> Namespace:
@@ -28,8 +33,21 @@ def array_namespace(*arrays: Array) -> Namespace:
     TypeError
         If the arrays come from several libraries, or one is not an array.
     """
+    found = None
+    for a in arrays:
+        known = _namespaces.get(type(a))
+        if known is None or known is not (found or known):
+            break
+        found = known
+    else:
+        if found is not None:
+            return found
     try:
-        return array_api_compat.array_namespace(*arrays)
+        xp = array_api_compat.array_namespace(*arrays)
+        # JAX's gradients of integers are NumPy arrays, of a dtype of the kind "V".
+        if len(arrays) == 1 and getattr(arrays[0].dtype, "kind", None) != "V":
+            _namespaces[type(arrays[0])] = xp
+        return xp
     except TypeError as error:
         kinds = sorted({f"{type(a).__module__}.{type(a).__qualname__}" for a in arrays})
         raise TypeError(
@@ -51,6 +69,8 @@ def is_tracer(x: Array) -> bool:
 
 def device_of(x: Array) -> Any:
     """Device of an array; None for a tracer, which has none yet."""
+    if type(x) is np.ndarray:
+        return "cpu"
     return None if is_tracer(x) else array_api_compat.device(x)
 
 
@@ -65,6 +85,8 @@ def require_one_place(**arrays: Array) -> Namespace:
         If they are on several devices.
     """
     xp = array_namespace(*arrays.values())
+    if array_api_compat.is_numpy_namespace(xp):  # it has one device
+        return xp
     devices = {name: device_of(a) for name, a in arrays.items()}
     if len({str(d) for d in devices.values() if d is not None}) > 1:
         places = ", ".join(f"`{name}` on {d}" for name, d in devices.items())
@@ -74,6 +96,8 @@ def require_one_place(**arrays: Array) -> Namespace:
 
 def is_readable(x: Array) -> bool:
     """True where looking at values is free: host memory, and not inside a trace."""
+    if type(x) is np.ndarray:
+        return True
     if is_tracer(x):
         return False
     if array_api_compat.is_numpy_array(x):
@@ -120,6 +144,15 @@ def itemsize(x: Array) -> int:
 def cast(x: Array, dtype: Any) -> Array:
     """`x` in this dtype; not copied when it has it already."""
     return array_namespace(x).astype(x, dtype, copy=False)
+
+
+_FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
+
+
+def is_one_float(*arrays: Array | None) -> bool:
+    """True if the arrays given, of NumPy or CuPy, are all float32 or all float64."""
+    dtypes = {a.dtype for a in arrays if a is not None}
+    return len(dtypes) == 1 and not dtypes.isdisjoint(_FLOATS)
 
 
 def detached(x: Array) -> Array:
@@ -173,8 +206,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one implementation of every op within the ``with`` block, whatever the sizes.
 
     `name` is ``"reference"`` (the Array API body), ``"numba"`` (NumPy arrays) or ``"cuda"``
-    (CuPy arrays). An op that has no implementation for its arrays under that name raises
-    ValueError.
+    (CuPy arrays). An op that has kernels under that name, and none that takes its arrays, raises
+    ValueError; one that has none at all runs its reference.
 
     Raises
     ------
@@ -230,6 +263,10 @@ class KernelOp:
             self._check(*args, **kwargs)
         return self._choose(args, kwargs)[0](*args, **kwargs)
 
+    def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Array]:
+        """The implementation that would run on these arguments."""
+        return self._choose(args, kwargs)[0]
+
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Which implementation would run on these arguments, and why."""
         if self._check is not None:
@@ -243,6 +280,8 @@ class KernelOp:
         forced = _forced.get()
         if forced == REFERENCE:
             return self.reference, "reference, because `use_backend` asks for it"
+        if forced is not None and all(i.backend != forced for i in self.implementations):
+            return self.reference, f"reference, because it has no {forced} kernel at all"
         kernel, refusal = self._kernel_for(args[0] if args else kwargs[self._first_parameter])
         if kernel is not None and not kernel.accepts.holds(*args, **kwargs):
             refusal = f"the {kernel.backend} kernel takes {kernel.accepts.words}"
@@ -296,6 +335,8 @@ def explain(op: Explains, *args: Any, **kwargs: Any) -> str:
 
 def _kernel_backend(x: Array) -> tuple[str | None, str]:
     """The backend whose kernels take `x`, or None and the reason why there is none."""
+    if type(x) is np.ndarray:
+        return "numba", ""
     if array_api_compat.is_numpy_array(x):
         return "numba", ""
     if array_api_compat.is_cupy_array(x):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from kfac_xp import averages, explain
 from tests.cases import assert_close, to_numpy
 
 
@@ -17,11 +18,11 @@ def test_weights(xp, rng):
 
 def test_the_common_factor_of_weights_cancels(xp, rng):
     values = rng.normal(size=(3, 2))
-    averages = [kfac_xp.MovingAverage(xp.zeros((2,), dtype=xp.float64)) for _ in range(2)]
+    one, other = (kfac_xp.MovingAverage(xp.zeros((2,), dtype=xp.float64)) for _ in range(2))
     for v in values:
-        averages[0].update(xp.asarray(v), decay=0.9, weight=1.0)
-        averages[1].update(xp.asarray(v), decay=0.9, weight=0.1)
-    assert_close(averages[1].value, to_numpy(averages[0].value), 1e-14)
+        one.update(xp.asarray(v), decay=0.9, weight=1.0)
+        other.update(xp.asarray(v), decay=0.9, weight=0.1)
+    assert_close(other.value, to_numpy(one.value), 1e-14)
 
 
 def test_an_initial_value_fades(xp):
@@ -49,3 +50,40 @@ def test_a_state_of_another_shape():
     average = kfac_xp.MovingAverage(np.zeros(2))
     with pytest.raises(ValueError, match=r"saved average has shape \(3,\), this one \(2,\)"):
         average.load_state_dict(kfac_xp.MovingAverage(np.zeros(3)).state_dict())
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_step(rng, backend, dtype):
+    total, new = (rng.normal(size=(7, 11)).astype(dtype) for _ in range(2))
+    expected = 0.9 * total.astype(np.float64) + 0.3 * new
+    with kfac_xp.use_backend(backend):
+        result, finite = averages.averaged(total, new, 0.9, 0.3)
+        assert result.dtype == dtype
+        assert_close(result, expected, 1e-6 if dtype == "float32" else 1e-14)
+        assert finite
+        assert averages.averaged(total, np.finfo(dtype).max * np.ones_like(new), 0.9, 0.3)[1]
+        for bad in (np.nan, np.inf, -np.inf):
+            for index in (0, -1):
+                spoilt = new.copy()
+                spoilt.reshape(-1)[index] = bad
+                assert not averages.averaged(total, spoilt, 0.9, 0.3)[1]
+
+
+def test_large_averages_are_compiled_and_stay_symmetric(rng):
+    total, new = (x + x.T for x in rng.normal(size=(2, 131, 131)).astype(np.float32))
+    assert explain(averages.averaged, total, new, 0.9, 1.0).startswith("averaged: numba")
+    assert explain(averages.averaged, total, new.T, 0.9, 1.0).startswith("averaged: reference")
+    result, _ = averages.averaged(total, new, 0.9, 0.1)
+    assert np.array_equal(result, result.T)
+
+
+def test_a_step_that_is_not_taken_changes_nothing(xp, rng):
+    average = averages.MovingAverage(xp.zeros((3,), dtype=xp.float64))
+    average.update(xp.asarray([1.0, 2.0, 3.0]), decay=0.5)
+    step = average.step(xp.asarray([5.0, 6.0, 7.0]), decay=0.0)
+    assert_close(average.value, [1.0, 2.0, 3.0], 1e-15)
+    assert average.num_updates == 1
+    step.take()
+    assert_close(average.value, [5.0, 6.0, 7.0], 1e-15)
+    assert average.num_updates == 2

@@ -149,6 +149,13 @@ class TestForcing:
         ):
             squared_outer(np.ones((2, 3)), np.ones((2, 3)))
 
+    def test_op_without_any_kernel_of_that_name(self):
+        with use_backend("cuda"):
+            assert small_op()(self.x)[0] == 1
+            assert explain(small_op(), self.x) == (
+                "neg: reference, because it has no cuda kernel at all"
+            )
+
     def test_library_without_kernels(self):
         torch = pytest.importorskip("torch", reason="PyTorch is not installed")
         with (

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from kfac_xp import linalg
+from kfac_xp import explain, linalg, use_backend
+from kfac_xp.kernels.cpu import cholesky_inverse as kernel
+from kfac_xp.kernels.cpu import lapack
 from tests.cases import assert_close, to_numpy
 
 
@@ -51,36 +53,96 @@ def test_the_residual_tells_a_failed_inverse(xp, rng):
     root = rng.normal(size=(6, 6))
     matrix = xp.asarray(root @ root.T)
     inverse = linalg.psd_inv(matrix, 0.1)
-    assert float(linalg.inverse_residual(matrix, inverse, 0.1)) < 1e-10
-    assert float(linalg.inverse_residual(matrix, 1.1 * inverse, 0.1)) > 0.05
+    residual, condition = to_numpy(linalg.inverse_checks(matrix, inverse, 0.1))
+    assert residual < 1e-10
+    assert_close(condition, np.linalg.cond(root @ root.T + 0.1 * np.eye(6), 1), 1e-2)
+    assert linalg.inverse_checks(matrix, 1.1 * inverse, 0.1)[0] > 0.05
+    for bad in (np.nan, np.inf):
+        spoilt = to_numpy(inverse).copy()
+        spoilt[4, 1] = bad
+        checks = to_numpy(linalg.inverse_checks(matrix, xp.asarray(spoilt), 0.1))
+        assert not np.isfinite(checks).any()
 
 
-@pytest.mark.parametrize("with_scipy", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_inverses_of_numpy_arrays(rng, monkeypatch, with_scipy, dtype):
-    """LAPACK's through SciPy, or from matrix products: the same, and exactly symmetric."""
-    if with_scipy:
+@pytest.fixture(params=["with SciPy", "without SciPy"])
+def scipy_or_not(request, monkeypatch):
+    if request.param == "with SciPy":
         pytest.importorskip("scipy", reason="SciPy is not installed")
     else:
-        monkeypatch.setattr(linalg, "find_spec", lambda name: None)
-        linalg._triangular_solver.cache_clear()
-    for n in (1, 64, 65, 300):
-        x = rng.normal(size=(2 * n, n)).astype(dtype)
-        cov = x.T @ x / (2 * n)
-        before = cov.copy()
-        inverse = linalg.psd_inv(cov, 0.1)
-        assert inverse.dtype == cov.dtype
-        assert np.array_equal(inverse, inverse.T)
-        assert np.array_equal(cov, before)
-        exact = np.linalg.inv(cov.astype(np.float64) + 0.1 * np.eye(n))
-        assert_close(inverse, exact, 1e-11 if dtype == "float64" else 2e-5)
-        lower = np.linalg.cholesky(cov + np.eye(n, dtype=dtype))
-        assert_close(
-            linalg.inverse_lower(lower) @ lower, np.eye(n), 1e-11 if dtype == "float64" else 2e-5
-        )
-    indefinite = np.diag(np.array([1.0, -1.0, 2.0], dtype=dtype))
+        for module in (linalg, lapack):
+            monkeypatch.setattr(module, "find_spec", lambda name: None)
+        # Several leaves and several panels in matrices that are quickly inverted.
+        monkeypatch.setattr(kernel, "_LEAF", 16)
+        monkeypatch.setattr(kernel, "_PANEL", 20)
+    caches = (linalg._triangular_solver, lapack.lapack)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("scipy_or_not")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [1, 16, 17, 65, 300])
+def test_inverses_of_numpy_arrays(rng, n, dtype):
+    """LAPACK's through SciPy, or from matrix products: the same, and exactly symmetric."""
+    x = rng.normal(size=(2 * n, n)).astype(dtype)
+    cov = x.T @ x / (2 * n)
+    before, tolerance = cov.copy(), 1e-11 if dtype == "float64" else 2e-5
+    assert explain(linalg.cholesky_inverse, cov, 0.1).startswith("cholesky_inverse: numba")
+    inverse = linalg.psd_inv(cov, 0.1)
+    assert inverse.dtype == cov.dtype
+    assert np.array_equal(inverse, inverse.T)
+    assert np.array_equal(cov, before)
+    exact = np.linalg.inv(cov.astype(np.float64) + 0.1 * np.eye(n))
+    assert_close(inverse, exact, tolerance)
+    lower = np.linalg.cholesky(cov + np.eye(n, dtype=dtype))
+    assert_close(linalg.inverse_lower(lower) @ lower, np.eye(n), tolerance)
+
+
+@pytest.mark.usefixtures("scipy_or_not")
+@pytest.mark.parametrize("n", [3, 50])
+@pytest.mark.parametrize("where", [0, -1])
+def test_what_is_not_positive_definite_has_no_inverse(n, where):
+    indefinite = np.eye(n)
+    indefinite[where, where] = -1
     assert np.isnan(linalg.psd_inv(indefinite, 0.1)).all()
-    linalg._triangular_solver.cache_clear()
+    indefinite[where, where] = np.nan
+    assert np.isnan(linalg.psd_inv(indefinite, 0.1)).all()
+
+
+@pytest.mark.usefixtures("scipy_or_not")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_eigendecompositions_of_numpy_arrays(rng, dtype):
+    x = rng.normal(size=(20, 30)).astype(dtype)
+    cov, tolerance = x.T @ x, 1e-12 if dtype == "float64" else 1e-5
+    before = cov.copy()
+    w, v = linalg.psd_eigh(cov)
+    assert w.dtype == v.dtype == dtype
+    assert np.array_equal(cov, before)
+    assert (w >= 0).all()
+    assert (np.diff(w) >= 0).all()
+    assert_close((v * w) @ v.T, cov, tolerance)
+    assert_close(v.T @ v, np.eye(30), tolerance)
+    with_nan = cov * np.where(np.eye(30) == 1, np.nan, 1)
+    assert np.isnan(linalg.psd_eigh(with_nan.astype(dtype))[0]).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_checks_of_an_inverse(rng, backend, dtype):
+    root = rng.normal(size=(40, 40)).astype(dtype)
+    matrix, damping = root @ root.T, np.asarray(0.5, dtype=dtype)
+    inverse = (np.linalg.inv(matrix + 0.5 * np.eye(40)) + 1e-3 * np.eye(40)).astype(dtype)
+    with use_backend(backend):
+        checks = linalg.inverse_checks(matrix, inverse, damping)
+    assert checks.dtype == dtype
+    probe = np.cos(np.arange(40.0) ** 2)
+    exact = matrix.astype(np.float64) + 0.5 * np.eye(40)
+    assert_close(checks[0], np.abs(exact @ (inverse @ probe) - probe).max(), 1e-3)
+    norms = np.abs(matrix).sum(axis=0).max() + 0.5, np.abs(inverse).sum(axis=0).max()
+    assert_close(checks[1], norms[0] * norms[1], 1e-5)
 
 
 def test_covariances_are_exactly_symmetric(rng):

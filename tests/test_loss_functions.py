@@ -232,6 +232,20 @@ def test_samples_have_the_distribution(rng, name):
     assert np.isfinite(loss.evaluate_on_sample(5))
 
 
+def test_other_targets_share_what_is_made_of_the_inputs(rng):
+    for cls, targets in (
+        (kfac_xp.MultiBernoulliNegativeLogProbLoss, np.ones((4, 3))),
+        (kfac_xp.CategoricalLogitsNegativeLogProbLoss, np.array([0, 1, 2, 0])),
+    ):
+        logits = rng.normal(size=(4, 3))
+        loss = cls(logits)
+        probabilities = loss.dist.probs
+        other = loss.with_targets(targets)
+        assert other.dist.probs is probabilities
+        assert loss.targets is None
+        assert_close(other.gradient(), cls(logits, targets).gradient(), 0.0)
+
+
 @ALL
 def test_every_library_and_dtype_sees_the_same_draws(xp, rng, name):
     inputs, _ = numbers(name, rng, (50, 4))

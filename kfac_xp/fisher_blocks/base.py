@@ -281,10 +281,12 @@ def average_in(
     moments: Mapping[FisherFactor, Array], *, ema_decay: Scalar, ema_weight: Scalar | None
 ) -> None:
     """One step of every factor's average; none is taken if a moment is known not to be finite."""
-    for factor, moment in moments.items():
-        factor.require_finite(moment)
-    for factor, moment in moments.items():
-        factor.take_step(moment, ema_decay=ema_decay, ema_weight=ema_weight)
+    steps = [
+        factor.average_step(moment, ema_decay=ema_decay, ema_weight=ema_weight)
+        for factor, moment in moments.items()
+    ]
+    for take in steps:
+        take()
 
 
 def blocks_factors(blocks: Iterable[FisherBlock]) -> list[FisherFactor]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from kfac_xp.averages import MovingAverage, is_finite
+from kfac_xp.averages import MovingAverage
 from kfac_xp.backend import array_namespace, cast, detached, device_of, statistics_dtype
 from kfac_xp.batches import (
     Bound,
@@ -23,7 +23,6 @@ from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations import (
     DampingKey,
-    PowerCache,
     Representation,
     Request,
     refresh,
@@ -115,28 +114,36 @@ class FisherFactor(abc.ABC):
             raise ValueError(f"`{self.data_names[-1]}` must hold at least one source; got none.")
         return total
 
-    def require_finite(self, new_cov: Array) -> None:
-        """Raise FloatingPointError if `new_cov` can be read for free and is not finite."""
-        if not is_finite(new_cov):
+    def update_average(
+        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
+    ) -> None:
+        """Take one step of the moving average towards `new_cov`."""
+        self.average_step(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)()
+
+    def average_step(
+        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
+    ) -> Callable[[], None]:
+        """Compute a step of the moving average towards `new_cov`: call the result to take it.
+
+        Raises
+        ------
+        FloatingPointError
+            If `new_cov` can be read for free and is not finite.
+        """
+        average = self._average or self._new_average()
+        step = average.step(new_cov, decay=ema_decay, weight=ema_weight)
+        if not step.is_finite:
             raise FloatingPointError(
                 f"the statistics of {self.name} are not finite: its data "
                 f"({', '.join(f'`{n}`' for n in self.data_names)}) hold a NaN or an infinity, or "
                 "overflow when squared. The average is unchanged."
             )
 
-    def update_average(
-        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
-    ) -> None:
-        """Take one step of the moving average towards `new_cov`."""
-        self.require_finite(new_cov)
-        self.take_step(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)
+        def take() -> None:
+            self._average = average
+            step.take()
 
-    def take_step(
-        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
-    ) -> None:
-        """`update_average` with a moment that has been looked at."""
-        self.instantiate_cov_variables()
-        self._require_average().update(new_cov, decay=ema_decay, weight=ema_weight)
+        return take
 
     @property
     def cov(self) -> Array:
@@ -172,11 +179,7 @@ class FisherFactor(abc.ABC):
     def instantiate_cov_variables(self) -> None:
         """Allocate the average, if the first update has not done so."""
         if self._average is None:
-            self._average = MovingAverage(
-                self._powers.initial_value(self.moment.shape, self._like),
-                zero_debias=self.options.zero_debias,
-                starts_defined=self.options.initial != "zeros",
-            )
+            self._average = self._new_average()
 
     instantiate_covariance = instantiate_cov_variables
 
@@ -350,7 +353,8 @@ class FisherFactor(abc.ABC):
         Arrays are never written in place, so references to them suffice. Only a report that
         statistics were not finite, made in between, stays made: its flag is not raised again.
         """
-        holders = _stateful(self)
+        average = [] if self._average is None else [self._average]
+        holders = [self, *average, *self._powers.holders()]
         saved = [(holder, _shallow_copy(vars(holder))) for holder in holders]
 
         def restore() -> None:
@@ -380,6 +384,13 @@ class FisherFactor(abc.ABC):
         if not array_namespace(array).isdtype(array.dtype, "real floating"):
             return array
         return cast(array, self._like.dtype)
+
+    def _new_average(self) -> MovingAverage:
+        return MovingAverage(
+            self._powers.initial_value(self.moment.shape, self._like),
+            zero_debias=self.options.zero_debias,
+            starts_defined=self.options.initial != "zeros",
+        )
 
     def _value(self) -> Array:
         """What the moving average keeps now: the covariance and what goes with it."""
@@ -430,15 +441,6 @@ class FisherFactor(abc.ABC):
 
 def _matpower(exp: float, damping: Damping) -> Request:
     return Request("matpower", float(exp), DampingKey(damping))
-
-
-def _stateful(holder: Any) -> list[Any]:
-    """`holder` and the averages, representations and tables that it holds, directly or not."""
-    found = [holder]
-    for value in vars(holder).values():
-        if isinstance(value, (MovingAverage, Representation, PowerCache)):
-            found += _stateful(value)
-    return found
 
 
 def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:

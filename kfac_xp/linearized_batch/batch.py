@@ -142,15 +142,22 @@ class LinearizedBatch:
         for _ in range(num_samples):
             towers: list[PerLoss] = [{} for _ in self.nets]
             for name, registered in self._losses.items():
+                losses: list[Any] = [losses[name] for losses in self.losses()]
                 outputs = [outputs[name] for outputs in self._outputs]
-                whole = registered.make(_concat(outputs), None)
+                whole = losses[0]
+                if len(losses) > 1:
+                    whole = registered.make(_concat(outputs), None)
                 require_methods(whole, registered, "gradients")
                 sizes = [as_arrays(o)[0].shape[0] for o in outputs]
                 draws = split_towers(whole.sample(generator), sizes)
                 factor = (registered.coeff / num_samples) ** 0.5
-                for tower, output, target in zip(towers, outputs, draws, strict=True):
-                    gradient = registered.make(output, target).gradient()
-                    tower[name] = _scaled(gradient, factor)
+                for tower, loss, output, target in zip(towers, losses, outputs, draws, strict=True):
+                    # What the loss has computed from its inputs need not be computed again.
+                    if has_method(loss, "with_targets"):
+                        drawn = loss.with_targets(target)
+                    else:
+                        drawn = registered.make(output, target)
+                    tower[name] = _scaled(drawn.gradient(), factor)
             yield towers
 
     def curvature_prop_cotangents(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, Self
 
 from kfac_xp.backend import array_namespace, device_of, is_readable, require_one_place
 from kfac_xp.params import as_arrays
@@ -45,6 +45,14 @@ class LossFunction(abc.ABC):
     @abc.abstractmethod
     def with_targets(self, targets: Array) -> LossFunction:
         """The same loss of the same inputs for other targets."""
+
+    def _sharing(self, other: Self) -> Self:
+        """`other`, a loss of the same inputs, with the cached properties of this one.
+
+        These are made of the inputs alone.
+        """
+        vars(other).update({k: v for k, v in vars(self).items() if k not in vars(other)})
+        return other
 
     @abc.abstractmethod
     def evaluate(self) -> Array:

@@ -53,11 +53,11 @@ class MultiBernoulliNegativeLogProbLoss(
     @property
     def dist(self) -> Bernoulli:
         """``Bernoulli(probs)``, of the logits' shape."""
-        return Bernoulli(self._probabilities())
+        return Bernoulli(self._probabilities)
 
     def with_targets(self, targets: Array) -> MultiBernoulliNegativeLogProbLoss:
         """The same loss of the same logits for other targets."""
-        return type(self)(self._inputs, targets)
+        return self._sharing(type(self)(self._inputs, targets))
 
     def evaluate(self) -> Array:
         """``-sum(t log p + (1 - t) log(1 - p))``, 0-d."""
@@ -69,13 +69,13 @@ class MultiBernoulliNegativeLogProbLoss(
 
     def gradient(self) -> Array:
         """``p - targets``."""
-        return self._probabilities() - self._cast_targets()
+        return self._probabilities - self._cast_targets()
 
     def sample(self, generator: Generator) -> Array:
         """Zeros and ones of the inputs' dtype."""
         x = self._inputs
         draws = uniform(generator, x.shape, x)
-        return array_namespace(x).astype(draws < self._probabilities(), x.dtype)
+        return array_namespace(x).astype(draws < self._probabilities, x.dtype)
 
     def multiply_fisher(self, vector: Array) -> Array:
         """``p (1 - p) v``."""
@@ -92,6 +92,7 @@ class MultiBernoulliNegativeLogProbLoss(
     def _cast_targets(self) -> Array:
         return cast(self._require_targets(), self._inputs.dtype)
 
+    @functools.cached_property
     def _probabilities(self) -> Array:
         x, small = self._inputs, self._small
         xp = array_namespace(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from kfac_xp.backend import array_namespace, cast, device_of, is_readable, require_one_place
@@ -60,29 +61,29 @@ class CategoricalLogitsNegativeLogProbLoss(
     @property
     def dist(self) -> Categorical:
         """``Categorical(probs)``, of the logits' shape."""
-        return Categorical(self._probabilities())
+        return Categorical(self._probabilities)
 
     def with_targets(self, targets: Array) -> CategoricalLogitsNegativeLogProbLoss:
         """The same loss of the same logits for other targets."""
-        return type(self)(self._inputs, targets)
+        return self._sharing(type(self)(self._inputs, targets))
 
     def evaluate(self) -> Array:
         """``-sum log p[target]``, 0-d."""
         xp, t = array_namespace(self._inputs), self._target_probabilities()
-        log_p = self._log_probabilities()
+        log_p = self._log_probabilities
         picked = xp.where(t != 0, t * log_p, xp.zeros_like(log_p))
         return -xp.sum(picked + self._nan_where_invalid())
 
     def gradient(self) -> Array:
         """``p - one_hot(targets)``."""
-        return self._probabilities() - self._target_probabilities() + self._nan_where_invalid()
+        return self._probabilities - self._target_probabilities() + self._nan_where_invalid()
 
     def sample(self, generator: Generator) -> Array:
         """Class indices of the targets' shape, by inversion of the distribution function."""
         x = self._inputs
         xp = array_namespace(x)
         draws = uniform(generator, x.shape[:-1], x)[..., None]
-        below = xp.cumulative_sum(self._probabilities(), axis=-1) <= draws
+        below = xp.cumulative_sum(self._probabilities, axis=-1) <= draws
         # Rounding may leave the last cumulative probability below a draw near 1.
         indices = xp.sum(xp.astype(below, xp.int64), axis=-1)
         last = xp.full_like(indices, x.shape[-1] - 1)
@@ -90,28 +91,30 @@ class CategoricalLogitsNegativeLogProbLoss(
 
     def multiply_fisher(self, vector: Array) -> Array:
         """``p * v - p * sum(p * v)``."""
-        xp, p = array_namespace(vector), self._probabilities()
+        xp, p = array_namespace(vector), self._probabilities
         return p * vector - p * xp.sum(p * vector, axis=-1, keepdims=True)
 
     def multiply_fisher_factor(self, vector: Array) -> Array:
         """``q * u - p * sum(q * u)`` with q the root of p: ``B = diag(q) - p q.T``."""
-        xp, p = array_namespace(vector), self._probabilities()
+        xp, p = array_namespace(vector), self._probabilities
         q = xp.sqrt(p)
         return q * vector - p * xp.sum(q * vector, axis=-1, keepdims=True)
 
     def multiply_fisher_factor_transpose(self, vector: Array) -> Array:
         """``q * v - q * sum(p * v)``."""
-        xp, p = array_namespace(vector), self._probabilities()
+        xp, p = array_namespace(vector), self._probabilities
         q = xp.sqrt(p)
         return q * vector - q * xp.sum(p * vector, axis=-1, keepdims=True)
 
+    @functools.cached_property
     def _log_probabilities(self) -> Array:
         xp = array_namespace(self._inputs)
         shifted = self._inputs - xp.max(self._inputs, axis=-1, keepdims=True)
         return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
 
+    @functools.cached_property
     def _probabilities(self) -> Array:
-        return array_namespace(self._inputs).exp(self._log_probabilities())
+        return array_namespace(self._inputs).exp(self._log_probabilities)
 
     def _check_targets(self, targets: Array) -> None:
         """Refuse targets of another dtype or shape, and bad values where they can be read."""
@@ -175,7 +178,7 @@ class OnehotCategoricalLogitsNegativeLogProbLoss(CategoricalLogitsNegativeLogPro
 
     def with_targets(self, targets: Array) -> OnehotCategoricalLogitsNegativeLogProbLoss:
         """The same loss of the same logits for other targets."""
-        return type(self)(self._inputs, targets)
+        return self._sharing(type(self)(self._inputs, targets))
 
     def sample(self, generator: Generator) -> Array:
         """One-hot rows of the logits' shape and dtype; the classes of the parent's draws."""

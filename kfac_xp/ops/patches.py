@@ -9,6 +9,7 @@ from kfac_xp.backend import (
     Condition,
     KernelOp,
     array_namespace,
+    is_one_float,
     require_one_place,
 )
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
@@ -137,14 +138,9 @@ def require_images(name: str, images: Array, geometry: ConvGeometry) -> None:
         )
 
 
-def one_float(*arrays: Array | None) -> bool:
-    """True if the arrays given are all float32 or all float64."""
-    return {str(a.dtype) for a in arrays if a is not None} in ({"float32"}, {"float64"})
-
-
 _ACCEPTED = Condition(
     "float32 or float64 with up to three spatial axes",
-    lambda inputs, geometry: one_float(inputs) and geometry.num_axes <= 3,
+    lambda inputs, geometry: is_one_float(inputs) and geometry.num_axes <= 3,
 )
 # benchmarks/results/kernels-cpu-2026-11-20.md: 1.3 to 8 times as fast; with one tap, where the
 # reference is one copy, 0.4 to 0.6.

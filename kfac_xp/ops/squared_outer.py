@@ -11,6 +11,7 @@ from kfac_xp.backend import (
     array_namespace,
     as_statistics,
     device_of,
+    is_one_float,
     require_one_place,
 )
 from kfac_xp.geometry import ConvGeometry
@@ -20,7 +21,6 @@ from kfac_xp.ops.patches import (
     CUDA,
     UNMEASURED,
     extract_patches,
-    one_float,
     require_images,
 )
 from kfac_xp.typing import Array
@@ -324,7 +324,7 @@ def _accepts(
     groups: int = 1,
     rotations: tuple[Array, Array] | None = None,
 ) -> bool:
-    is_float = one_float(inputs, outputs_grad, patch_mask)
+    is_float = is_one_float(inputs, outputs_grad, patch_mask)
     return is_float and geometry.num_axes <= 3 and rotations is None
 
 
@@ -344,7 +344,7 @@ def _several_locations(inputs: Array, _: Array, geometry: ConvGeometry, **option
 
 
 _ROWS = Condition(
-    "arrays that are all float32 or all float64", lambda rows, grads: one_float(rows, grads)
+    "arrays that are all float32 or all float64", lambda rows, grads: is_one_float(rows, grads)
 )
 # Measured 1.2 to 10 times as fast. With one location the reference is a single product; with many
 # both do little else than multiply, and BLAS can use several threads for one product.

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from kfac_xp.backend import Condition, KernelOp, array_namespace, device_of
+from kfac_xp.backend import Condition, KernelOp, array_namespace, device_of, is_one_float
 from kfac_xp.linalg import bordered
 from kfac_xp.patch_covariance.lattice import TapGrid
 from kfac_xp.typing import Array
@@ -66,6 +66,6 @@ correlation_blocks.register(
     "kfac_xp.kernels.cpu.correlation_blocks:correlation_blocks",
     accepts=Condition(
         "float32 or float64",
-        lambda halves, pairs, blocks, last=None: str(halves.dtype) in ("float32", "float64"),
+        lambda halves, pairs, blocks, last=None: is_one_float(halves),
     ),
 )

@@ -53,6 +53,10 @@ class Representation(abc.ABC):
         """The arrays that are kept."""
         return []
 
+    def holders(self) -> list[Any]:
+        """The objects whose attributes change: the representation and what it keeps state in."""
+        return [self]
+
     def state_dict(self) -> dict[str, Any]:
         """What is kept, for saving."""
         return {}

@@ -56,12 +56,36 @@ class Decomposition:
 class Attempt:
     """Matrix functions computed on one rung, with checks that have not been read.
 
-    `health` has shape [4]: all finite (1 or 0), residual, condition, jitter.
+    Parameters
+    ----------
+    rung
+        Which of `RUNGS`.
+    arrays
+        The matrix functions.
+    checks
+        Of each, shape [2]: the residual (NaN if anything is not finite) and the condition number.
+    jitter
+        What was added to the diagonal beyond the damping.
     """
 
     rung: str
     arrays: dict[Request, Array]
-    health: Array
+    checks: list[Array]
+    jitter: Scalar
+
+
+@dataclass(frozen=True)
+class Health:
+    """The worst checks of an attempt, and its jitter, as read."""
+
+    residual: float
+    condition: float
+    jitter: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether its matrices may be used."""
+        return self.residual <= MAX_RESIDUAL and self.condition == self.condition
 
 
 class Dense(Representation):
@@ -120,6 +144,10 @@ class Dense(Representation):
         """The matrix functions as last computed."""
         return list(self.cache.stored.values())
 
+    def holders(self) -> list[Any]:
+        """Itself and its table."""
+        return [self, self.cache]
+
     def state_dict(self) -> dict[str, Any]:
         """The matrix functions as last computed, by order of registration, and how."""
         state: dict[str, Any] = {"stored": self.cache.state_dict()}
@@ -175,17 +203,7 @@ class Dense(Representation):
         with linalg.quiet_failures(value):
             arrays, checks = self._compute(source, jitter, clipped=clipped)
             arrays = {request: cast(a, value.dtype) for request, a in arrays.items()}
-        finite = xp.all(xp.stack([xp.all(xp.isfinite(a)) for a in arrays.values()]))
-        place = {"dtype": source.dtype, "device": device_of(source)}
-        residuals = [r for r, _ in checks] or [xp.zeros((), **place)]
-        conditions = [c for _, c in checks] or [xp.ones((), **place)]
-        health = [
-            xp.astype(finite, source.dtype),
-            xp.max(xp.stack(residuals)),
-            xp.max(xp.stack(conditions)),
-            xp.asarray(jitter, **place),
-        ]
-        return Attempt(rung, arrays, xp.astype(xp.stack(health), xp.float32))
+        return Attempt(rung, arrays, checks, jitter)
 
     def first_attempt(self, value: Array) -> Attempt:
         """The attempt on the first rung, which is always a way."""
@@ -193,7 +211,7 @@ class Dense(Representation):
         assert attempt is not None
         return attempt
 
-    def commit(self, result: tuple[Attempt, Sequence[float]] | None, num_updates: int) -> None:
+    def commit(self, result: tuple[Attempt, Health] | None, num_updates: int) -> None:
         """Store an attempt that passed, with its checks as read; None keeps the last one."""
         self._eigen, self._eigen_wanted = None, False
         if result is None:
@@ -201,14 +219,16 @@ class Dense(Representation):
             assert last is not None
             self.decomposition = replace(last, rung=RUNGS[-1])
             return
-        attempt, (_, residual, condition, jitter) = result
+        attempt, health = result
         self.cache.stored = dict(attempt.arrays)
-        self.decomposition = Decomposition(attempt.rung, jitter, residual, condition, num_updates)
+        self.decomposition = Decomposition(
+            attempt.rung, health.jitter, health.residual, health.condition, num_updates
+        )
 
     def _compute(
         self, value: Array, jitter: Scalar, *, clipped: bool
-    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
-        """Every registered function, and (residual, condition) of the damped matrices."""
+    ) -> tuple[dict[Request, Array], list[Array]]:
+        """Every registered function, and the (residual, condition), shape [2], of each."""
         cov = self.cov_of(value)
         requests = [r for r in self.cache.requests if r.kind in FUNCTIONS_OF_COV]
         powers = [r for r in requests if r.kind == "matpower"]
@@ -220,25 +240,20 @@ class Dense(Representation):
         )
         dampings = {r: as_scalar_like(r.damping.read(), cov) + jitter for r in requests}
         arrays: dict[Request, Array] = {}
-        checks: list[tuple[Array, Array]] = []
+        checks: list[Array] = []
         if powers and by_eigh:
             w, v = self._eigh(cov, floor=relative_jitter(cov) if clipped else None)
             for request in powers:
                 damping = dampings[request]
                 arrays[request] = linalg.eigen_power(w, v, request.exp, damping)
-                checks.append((no_residual(w), (w[-1] + damping) / (w[0] + damping)))
+                condition = (w[-1] + damping) / (w[0] + damping)
+                checks.append(without_residual(arrays[request], condition))
         else:
             for request in powers:
                 damping = dampings[request]
                 inverse = linalg.psd_inv(cov, damping, self.options.posdef_inv_method)
                 arrays[request] = inverse
-                condition = linalg.one_norm(cov) + damping  # the diagonal is not negative
-                checks.append(
-                    (
-                        linalg.inverse_residual(cov, inverse, damping),
-                        condition * linalg.one_norm(inverse),
-                    )
-                )
+                checks.append(linalg.inverse_checks(cov, inverse, damping))
         factors: dict[DampingKey, Array] = {}
         for request in requests:
             if request.kind == "matpower":
@@ -252,6 +267,7 @@ class Dense(Representation):
             factor = factors[request.damping]
             is_inverse = request.kind == "cholesky_inverse"
             arrays[request] = linalg.inverse_lower(factor) if is_inverse else factor
+            checks.append(without_residual(arrays[request]))
         return {r: arrays[r] for r in requests}, checks
 
     def _eigh(self, cov: Array, floor: Scalar | None = None) -> tuple[Array, Array]:
@@ -282,9 +298,7 @@ def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
     todo = [(n, r, a) for n, r, a in items if isinstance(r, Dense) and r.needs_refresh]
     attempts = [rep.first_attempt(average.value) for _, rep, average in todo]
     flagged = [(name, a) for name, _, a in items if a.all_finite is not None]
-    health, finite = _read_together(
-        [attempt.health for attempt in attempts], [average.all_finite for _, average in flagged]
-    )
+    healths, finite = _read_together(attempts, [average.all_finite for _, average in flagged])
     if not all(finite):
         culprits = [name for (name, _), ok in zip(flagged, finite, strict=True) if not ok]
         for _, average in flagged:
@@ -295,24 +309,24 @@ def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
             "of the average."
         )
     results = [
-        _climb(name, rep, average.value, attempt, checks)
-        for (name, rep, average), attempt, checks in zip(todo, attempts, health, strict=True)
+        _climb(name, rep, average.value, attempt, health)
+        for (name, rep, average), attempt, health in zip(todo, attempts, healths, strict=True)
     ]
     for (_, rep, average), result in zip(todo, results, strict=True):
         rep.commit(result, average.num_updates)
 
 
 def _climb(
-    name: str, rep: Dense, value: Array, attempt: Attempt, health: Sequence[float]
-) -> tuple[Attempt, Sequence[float]] | None:
+    name: str, rep: Dense, value: Array, attempt: Attempt, health: Health
+) -> tuple[Attempt, Health] | None:
     """The first rung that passes, or None if the last good matrices have to stay."""
-    if _passes(health):
+    if health.passes:
         return attempt, health
     for rung in RUNGS[1:-1]:
         candidate = rep.attempt(value, rung)
         if candidate is not None:
-            health = _read_together([candidate.health], [])[0][0]
-            if _passes(health):
+            (health,), _ = _read_together([candidate], [])
+            if health.passes:
                 return candidate, health
     if rep.decomposition is None:
         raise RuntimeError(
@@ -328,23 +342,27 @@ def _climb(
     return None
 
 
-def _passes(health: Sequence[float]) -> bool:
-    ok, residual, condition, _ = health
-    return ok == 1 and residual <= MAX_RESIDUAL and condition == condition
-
-
 def _read_together(
-    healths: Sequence[Array], flags: Sequence[Array]
-) -> tuple[list[list[float]], list[bool]]:
+    attempts: Sequence[Attempt], flags: Sequence[Array]
+) -> tuple[list[Health], list[bool]]:
     """Read all checks and all flags of finite statistics in one transfer."""
-    if not healths and not flags:
+    scalars = [a.jitter for a in attempts if not isinstance(a.jitter, float)]
+    checks = [check for a in attempts for check in a.checks]
+    if not checks and not flags:
         return [], []
-    xp = array_namespace(*healths, *flags)
-    entries = [*healths, *(xp.reshape(xp.astype(flag, xp.float32), (1,)) for flag in flags)]
-    values = to_numpy(xp.concat(entries)).tolist()
-    split = 4 * len(healths)
-    rows = [values[i : i + 4] for i in range(0, split, 4)]
-    return rows, [value == 1 for value in values[split:]]
+    xp = array_namespace(*checks, *flags)
+    rest = [xp.reshape(cast(x, xp.float32), (1,)) for x in (*scalars, *flags)]
+    values = to_numpy(xp.concat([*(cast(check, xp.float32) for check in checks), *rest]))
+    rows = values[: 2 * len(checks)].reshape((-1, 2))
+    jitters = iter(values[2 * len(checks) :].tolist())
+    healths, start = [], 0
+    for a in attempts:
+        # NumPy's maximum of a NaN and anything is NaN.
+        residual, condition = rows[start : start + len(a.checks)].max(axis=0).tolist()
+        jitter = a.jitter if isinstance(a.jitter, float) else next(jitters)
+        healths.append(Health(residual, condition, jitter))
+        start += len(a.checks)
+    return healths, [value == 1 for value in jitters]
 
 
 def relative_jitter(cov: Array) -> Array:
@@ -353,7 +371,9 @@ def relative_jitter(cov: Array) -> Array:
     return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
 
 
-def no_residual(like: Array) -> Array:
-    """The residual of what is no inverse: there is nothing to check."""
-    xp = array_namespace(like)
-    return xp.zeros((), dtype=like.dtype, device=device_of(like))
+def without_residual(array: Array, condition: Scalar = 1.0) -> Array:
+    """The checks of what is no inverse: no residual if all is finite, else NaN; the condition."""
+    xp = array_namespace(array)
+    zero = xp.zeros((), dtype=array.dtype, device=device_of(array))
+    residual = xp.where(xp.all(xp.isfinite(array)), zero, zero + xp.nan)
+    return xp.stack([residual, zero + condition])

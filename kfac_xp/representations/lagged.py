@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, as_scalar_like
-from kfac_xp.representations.dense import Dense, no_residual, relative_jitter
+from kfac_xp.representations.dense import Dense, relative_jitter, without_residual
 from kfac_xp.representations.requests import Request
 from kfac_xp.typing import Array, Scalar
 
@@ -46,7 +46,7 @@ class Lagged(Dense):
 
     def _compute(
         self, value: Array, jitter: Scalar, *, clipped: bool
-    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
+    ) -> tuple[dict[Request, Array], list[Array]]:
         arrays, checks = super()._compute(value, jitter, clipped=clipped)
         lagged = [r for r in self.cache.requests if r.kind in ("option1quants", "option2quants")]
         if not lagged:
@@ -59,7 +59,8 @@ class Lagged(Dense):
             root = linalg.eigen_power(w, v, -0.5, damping)
             make = self._option1 if request.kind == "option1quants" else _option2
             arrays[request] = xp.concat(make(root, cov_dt1))
-            checks.append((no_residual(w), (w[-1] + damping) / (w[0] + damping)))
+            condition = (w[-1] + damping) / (w[0] + damping)
+            checks.append(without_residual(arrays[request], condition))
         return {r: arrays[r] for r in self.cache.requests}, checks
 
     def _option1(self, root: Array, cov_dt1: Array) -> list[Array]:

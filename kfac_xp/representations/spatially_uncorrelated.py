@@ -7,7 +7,7 @@ from collections.abc import Callable
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.operators import LinearOperator, RankOneUpdate, RepeatedBlock
 from kfac_xp.options import FactorOptions
-from kfac_xp.representations.dense import Dense
+from kfac_xp.representations.dense import Dense, without_residual
 from kfac_xp.representations.requests import Request
 from kfac_xp.typing import Array, Scalar
 
@@ -84,7 +84,7 @@ class SpatiallyUncorrelated(Dense):
 
     def _compute(
         self, value: Array, jitter: Scalar, *, clipped: bool
-    ) -> tuple[dict[Request, Array], list[tuple[Array, Array]]]:
+    ) -> tuple[dict[Request, Array], list[Array]]:
         inverses, checks = super()._compute(value, jitter, clipped=clipped)
         xp, mean = array_namespace(value), value[:, -1]
         arrays = {}
@@ -97,6 +97,7 @@ class SpatiallyUncorrelated(Dense):
             if not self.has_bias:
                 corner = 0 * corner
             arrays[request] = _packed(inverse, scaled_mean, corner, coefficient)
+            checks.append(without_residual(arrays[request]))
         return arrays, checks
 
     def _damped(self, value: Array, damping: Scalar) -> LinearOperator:
