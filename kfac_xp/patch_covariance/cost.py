@@ -15,6 +15,10 @@ from kfac_xp.patch_covariance.spectral import periods
 Method = Literal["chunked", "offsets", "spectral"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+# What is chosen in place of patches must be estimated to take at most this part of their time:
+# estimates err, and patches are never a bad choice.
+_PROMISE = 0.9
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -92,12 +96,19 @@ def _slab_plan(grid: TapGrid, sizes: Sizes, rates: Rates) -> Plan:
     """The cheaper of patches and the spectral method, which are compiled for NumPy."""
     plans = grid_plans(grid, sizes, rates)
     plans.pop("offsets", None)
+    width, rows = grid.num_taps * sizes.num_channels, grid.num_rows * sizes.num_cases
+    if is_compiled(width):
+        seconds = rates.passes(2 * rows * width) + rates.blocks(rows * width**2)
+        plans["chunked"] = Plan(grid, "chunked", _scaled(sizes, seconds))
     return cheapest(plans)
 
 
 def cheapest(plans: dict[Method, Plan]) -> Plan:
-    """The plan with the lowest estimate."""
-    return min(plans.values(), key=lambda plan: plan.seconds)
+    """The plan with the lowest estimate; another than patches if that is a tenth lower."""
+    return min(
+        plans.values(),
+        key=lambda plan: plan.seconds * (1.0 if plan.method == "chunked" else 1 / _PROMISE),
+    )
 
 
 def _chunked_seconds(
@@ -124,20 +135,29 @@ def _spectral_seconds(grid: TapGrid, sizes: Sizes, rates: Rates) -> float:
     single = math.prod(axis.size for axis in grid.axes if len(axis.offsets) == 1)
     cases, channels = sizes.num_cases * single, grid.num_blocks * sizes.num_channels
     first, *others = periods([a.size for a in axes], [a.offsets for a in axes])
-    half = first // 2 + 1
-    rest = math.prod(axis.size for axis in axes[1:]) * channels
-    seconds = rates.product(2 * half, axes[0].size, rest, cases)
-    done = half
-    for i, length in enumerate(others, start=1):
-        rest //= axes[i].size
-        seconds += rates.product(2 * length, 2 * axes[i].size, rest, cases * done)
-        done *= length
     num_offsets = math.prod(len(axis.offsets) for axis in axes)
-    seconds += rates.passes(8 * done * cases * channels)
-    seconds += rates.product(channels, 2 * cases, channels, done)
-    seconds += rates.product(num_offsets, done, channels**2)
+    # (rows, inner axis, columns, how many) of every product.
+    done = first // 2 + 1
+    rest = math.prod(axis.size for axis in axes[1:]) * channels
+    products = [(2 * done, axes[0].size, rest, cases)]
+    for axis, length in zip(axes[1:], others, strict=True):
+        rest //= axis.size
+        products.append((2 * length, 2 * axis.size, rest, cases * done))
+        done *= length
+    products.append((channels, 2 * cases, channels, done))
+    products.append((num_offsets, done, channels**2, 1))
+    if is_compiled(channels):
+        seconds = rates.blocks(sum(2 * m * k * n * count for m, k, n, count in products))
+    else:
+        seconds = sum(rates.product(*product) for product in products)
+    seconds += rates.passes(4 * done * cases * channels)
     seconds += rates.passes(4 * num_offsets * channels**2)
     return _scaled(sizes, seconds)
+
+
+def is_compiled(columns: int) -> bool:
+    """True for so many columns as fill the vectors of the kernels for NumPy."""
+    return columns % 16 == 0
 
 
 def _elements(grid: TapGrid, sizes: Sizes) -> int:
