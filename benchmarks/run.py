@@ -58,8 +58,8 @@ def main() -> None:
         for peer in PEERS
     }
     effort = timing.QUICK if args.quick else timing.FULL
-    if args.limit is not None:
-        effort = dataclasses.replace(effort, limit=args.limit)
+    given = {"limit": args.limit, "seconds": args.seconds}
+    effort = dataclasses.replace(effort, **{k: v for k, v in given.items() if v is not None})
     lines, found = [], []
 
     def say(line: str) -> None:
@@ -107,6 +107,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="and cores, of every library")
     parser.add_argument("--quick", action="store_true", help="few small cases, few repeats")
     parser.add_argument("--limit", type=float, metavar="S", help="give up a call after S seconds")
+    parser.add_argument("--seconds", type=float, metavar="S", help="for each implementation")
     parser.add_argument("--json", metavar="FILE", help="write all measurements")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     return parser.parse_args()
