@@ -24,6 +24,8 @@ from kfac_xp.kernels.cpu.threads import run_in_parts
 
 # Frequencies whose products are held at a time: a block of each, in the first level of the cache.
 _FREQUENCIES = 32
+# Elements of lines that should stay in the first level of the cache.
+_NEAR = 2**12
 # Elements of transforms that should stay in the second level of the cache.
 _CACHED = 2**20
 
@@ -166,23 +168,26 @@ def _transform_panels(matrix, lines, first_group, groups, others, parts, rotated
     num_cases, all_groups, length, channels = lines.shape
     width = parts.shape[3]
     block = np.empty((ROWS, width), lines.dtype)
+    # Consecutive cases are written side by side; so many of them as stay in the first level.
+    some = max(1, _NEAR // (length * width))
     for group in range(groups):
         for panel in range(first, last):
-            for r in range(0, matrix.shape[1], ROWS):
-                for n in range(num_cases):  # innermost: what is written is consecutive
-                    line = (n * all_groups + first_group + group) * length * channels
-                    set_block(
-                        *(matrix, r, matrix.shape[1], lines, line + panel * width, channels),
-                        *(length, block, 0, width),
-                    )
-                    for i in range(min(ROWS // 2, others - r // 2)):
-                        f = group * others + r // 2 + i
-                        for c in range(width):
-                            real, imaginary = block[2 * i, c], block[2 * i + 1, c]
-                            parts[f, panel, n, c] = real
-                            parts[f, panel, num_cases + n, c] = imaginary
-                            rotated[f, panel, n, c] = real + imaginary
-                            rotated[f, panel, num_cases + n, c] = imaginary - real
+            for n_0 in range(0, num_cases, some):
+                for r in range(0, matrix.shape[1], ROWS):
+                    for n in range(n_0, min(n_0 + some, num_cases)):
+                        line = (n * all_groups + first_group + group) * length * channels
+                        set_block(
+                            *(matrix, r, matrix.shape[1], lines, line + panel * width, channels),
+                            *(length, block, 0, width),
+                        )
+                        for i in range(min(ROWS // 2, others - r // 2)):
+                            f = group * others + r // 2 + i
+                            for c in range(width):
+                                real, imaginary = block[2 * i, c], block[2 * i + 1, c]
+                                parts[f, panel, n, c] = real
+                                parts[f, panel, num_cases + n, c] = imaginary
+                                rotated[f, panel, n, c] = real + imaginary
+                                rotated[f, panel, num_cases + n, c] = imaginary - real
 
 
 @compiled
