@@ -81,8 +81,8 @@ class PatchCovariance:
             Forces one: ``"chunked"``, ``"offsets"`` or ``"spectral"``.
         workspace
             Bytes for arrays on the way beside the result and three arrays of the size of the
-            correlations, ``prod(2 kernel - 1) * C^2``. A bound as long as what must be held of
-            one case or one frequency fits into it.
+            correlations, ``prod(2 kernel - 1) * C^2``; with strides, half of it, beside a copy of
+            the inputs. A bound as long as what must be held of one case or one frequency fits.
 
         Returns
         -------
@@ -115,8 +115,10 @@ class PatchCovariance:
             moment = chunked_covariance(inputs, geometry, mask, normalizer, workspace)
             return moment if last is None else bordered(moment, last)
         with scratch.frame():
-            images = _lattice(geometry, inputs).images(inputs)
-            return _moment(plan, images, normalizer, workspace, last)
+            lattice = _lattice(geometry, inputs)
+            if lattice.grid.num_blocks > 1:  # phase images are a copy of the inputs
+                workspace = max(1, workspace // 2)
+            return _moment(plan, lattice.images(inputs), normalizer, workspace, last)
 
     def explain(
         self,
