@@ -18,7 +18,8 @@ _WORTH_A_THREAD = 2**24
 def num_threads() -> int:
     """``NUMBA_NUM_THREADS`` (the cores that the process may use), ``OMP_NUM_THREADS`` at most."""
     limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return min(config.NUMBA_NUM_THREADS, int(limit) if limit.isdecimal() else 2**31) or 1
+    cores: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return min(cores, int(limit) if limit.isdecimal() else cores) or 1
 
 
 def run_in_parts(function: Callable[[int, int], Any], count: int, work: int) -> None:
