@@ -67,7 +67,7 @@ class Rates:
 
 
 DEFAULT = Rates(
-    measured="2026-11-20, 2 cores of an x86-64 with AVX-512, OpenBLAS",
+    measured="2 cores of an x86-64 with AVX-512, set by hand from runs of 2026-11-20",
     products=(4e9, 2.5e10, 7e10, 1.3e11, 1.7e11, 1.9e11),
     symmetric=(4e9, 2e10, 9e10, 2.0e11, 3.2e11, 3.6e11),
     bytes_per_second=8e9,
