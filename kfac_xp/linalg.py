@@ -38,6 +38,8 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     scale_rows = y is None and 0 < x.shape[0] < x.shape[1]  # the smaller array is divided
     if scale_rows:
         x, n = x * float(n) ** -0.5, 1
+    elif y is None and type(x) is np.ndarray and x.itemsize not in x.strides:
+        x = np.ascontiguousarray(x)  # BLAS would get two copies, which are not one buffer
     # Both operands are the same buffer, so that NumPy's matmul takes the symmetric rank-k update:
     # half the work of a general product.
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
@@ -125,11 +127,11 @@ def add_rows(rows: Array, indices: Array, num_rows: int) -> Array:
     return xp.matmul(xp.astype(bins[:, None] == indices[None, :], rows.dtype), rows)
 
 
-def subtract_at(x: Array, index: tuple[slice | int, ...], y: Array) -> Array:
-    """`x` with `y` subtracted at an index. In place where the library can: `x` is given away."""
+def add_at(x: Array, index: tuple[slice | int, ...], y: Array) -> Array:
+    """`x` with `y` added at an index. In place where the library can: `x` is given away."""
     if array_api_compat.is_jax_array(x):
-        return x.at[index].add(-y)
-    x[index] -= y
+        return x.at[index].add(y)
+    x[index] += y
     return x
 
 

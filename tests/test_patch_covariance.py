@@ -14,6 +14,7 @@ from kfac_xp import ConvGeometry, patch_covariance, use_backend
 from kfac_xp.kernels.cpu import correlation_blocks as kernel_module
 from kfac_xp.kernels.cpu import scratch, threads
 from kfac_xp.patch_covariance import correlation_blocks, rates
+from kfac_xp.patch_covariance.blocks import BlockLayout
 from kfac_xp.patch_covariance.spectral import spectral_correlations
 from tests import naive
 from tests.cases import to_numpy
@@ -204,14 +205,21 @@ def test_inputs_are_not_written(rng):
 
 
 @pytest.mark.parametrize("with_last", [False, True])
-def test_the_kernel_puts_blocks_together_as_the_reference_does(with_last, rng):
-    channels = kernel_module._TILE - 7
-    halves = rng.standard_normal((9, 2, channels, 2, channels)).astype(np.float32)
-    pairs, blocks = rng.integers(0, 9, (4, 4)), np.array([0, 1, 1, 0])
-    last = rng.standard_normal(4 * channels + 1).astype(np.float32) if with_last else None
+def test_the_kernel_puts_blocks_together_as_the_reference_does(with_last, rng, monkeypatch):
+    channels = kernel_module._TILE // 2 + 7  # with two blocks, some squares are not full
+    shape, num_taps = (2, 3), 6
+    halves, border = (
+        rng.standard_normal((n, 2, channels, 2, channels)).astype(np.float32) for n in (9, 3)
+    )
+    blocks = np.array([[0, 1, 1, 0, 0, 1], [-1, 1, 0, -1, 0, 1]])  # the second without tap (., 0)
+    pairs = np.stack([rng.integers(0, n, (num_taps, num_taps)) for n in (9, 3)])
+    layout = BlockLayout(shape, pairs, blocks)
+    last = rng.standard_normal(num_taps * channels + 1).astype(np.float32) if with_last else None
     with use_backend("reference"):
-        want = correlation_blocks(halves.copy(), pairs, blocks, last)
-    np.testing.assert_array_equal(correlation_blocks(halves, pairs, blocks, last), want)
+        want = correlation_blocks(halves.copy(), layout, [border.copy()], last)
+    monkeypatch.setattr(threads, "num_threads", lambda: 3)
+    monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
+    np.testing.assert_array_equal(correlation_blocks(halves, layout, [border], last), want)
 
 
 # ---------------------------------------------------------------------------------------------

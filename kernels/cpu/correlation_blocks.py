@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,22 @@ _TILE = 64
 _WORK = 16
 
 
-def correlation_blocks(halves: Any, pairs: Any, blocks: Any, last: Any | None = None) -> Any:
+def correlation_blocks(
+    halves: Any, layout: Any, borders: Sequence[Any] = (), last: Any | None = None
+) -> Any:
     """See ``kfac_xp.patch_covariance.blocks.correlation_blocks``."""
-    num_offsets, num_blocks, channels, _, _ = halves.shape
-    width = num_blocks * channels
-    correlations = halves.reshape(num_offsets, width, width)
-    run_in_parts(
-        lambda first, last: _add_mirrored(correlations, first, last),
-        count=(num_offsets + 1) // 2,
-        work=correlations.size * _WORK,
+    channels = halves.shape[2]
+    parts = tuple(
+        part.reshape(len(part), part.shape[1] * channels, -1) for part in (halves, *borders)
     )
-    side = len(blocks) * channels + (last is not None)
+    size = sum(part.size for part in parts)
+    run_in_parts(lambda first, end: _add_mirrored(parts, first, end), count=size, work=size * _WORK)
+    num_rows = layout.blocks.shape[1] * channels
+    side = num_rows + (last is not None)
     out = np.empty((side, side), dtype=halves.dtype)
     run_in_parts(
-        lambda first, last: _gather(correlations, pairs, blocks, channels, out, first, last),
-        count=len(blocks) * channels,
+        lambda first, end: _gather(parts, layout.pairs, layout.blocks, channels, out, first, end),
+        count=num_rows,
         work=out.size * _WORK,
     )
     if last is not None:
@@ -38,44 +40,73 @@ def correlation_blocks(halves: Any, pairs: Any, blocks: Any, last: Any | None = 
 
 
 @compiled
-def _add_mirrored(halves, first, last):
-    """In place, ``halves[d] + halves[-d].T``: each sum once, for d from `first` on and for -d.
+def _add_mirrored(parts, first, last):
+    """In place, ``halves[d] + halves[-d].T`` for all parts and offsets: each sum once, for both.
+
+    Of all elements in a row, those of an offset and its opposite are done if the first of them is
+    between `first` and `last`.
+    """
+    at = 0
+    for part in range(len(parts)):
+        halves = parts[part]
+        num_offsets, width, _ = halves.shape
+        for d in range((num_offsets + 1) // 2):
+            mirror = num_offsets - 1 - d
+            if first <= at < last:
+                _add_mirror_images(halves, d, mirror)
+            at += (1 if d == mirror else 2) * width**2
+
+
+@compiled
+def _add_mirror_images(halves, d, mirror):
+    """In place, ``halves[d] + halves[mirror].T`` for both.
 
     Squares are transposed in a buffer, so that memory is read and written along rows only. The
     buffer's rows are one longer than they need be: a column of it then lies in many cache sets.
     """
-    num_offsets, width, _ = halves.shape
+    width = halves.shape[1]
     square = np.empty((_TILE, _TILE + 1), halves.dtype)
-    for d in range(first, last):
-        mirror = num_offsets - 1 - d
-        for r_0 in range(0, width, _TILE):
-            rows = np.uintp(min(_TILE, width - r_0))
-            # The offset in the middle is its own mirror image: its squares come in pairs.
-            for c_0 in range(r_0 if d == mirror else 0, width, _TILE):
-                columns = np.uintp(min(_TILE, width - c_0))
-                row, column = np.uintp(r_0), np.uintp(c_0)
-                for c in range(columns):
-                    for r in range(rows):
-                        square[c, r] = halves[mirror, column + c, row + r]
+    for r_0 in range(0, width, _TILE):
+        rows = np.uintp(min(_TILE, width - r_0))
+        # The offset in the middle is its own mirror image: its squares come in pairs.
+        for c_0 in range(r_0 if d == mirror else 0, width, _TILE):
+            columns = np.uintp(min(_TILE, width - c_0))
+            row, column = np.uintp(r_0), np.uintp(c_0)
+            for c in range(columns):
                 for r in range(rows):
-                    for c in range(columns):
-                        value = halves[d, row + r, column + c] + square[c, r]
-                        halves[d, row + r, column + c] = value
-                        square[c, r] = value
+                    square[c, r] = halves[mirror, column + c, row + r]
+            for r in range(rows):
                 for c in range(columns):
-                    for r in range(rows):
-                        halves[mirror, column + c, row + r] = square[c, r]
+                    value = halves[d, row + r, column + c] + square[c, r]
+                    halves[d, row + r, column + c] = value
+                    square[c, r] = value
+            for c in range(columns):
+                for r in range(rows):
+                    halves[mirror, column + c, row + r] = square[c, r]
 
 
 @compiled
-def _gather(correlations, pairs, blocks, channels, out, first, last):
-    """Write the rows `first` to `last` of `out`, but for the columns that belong to no tap."""
-    num_taps = blocks.shape[0]
+def _gather(parts, pairs, blocks, channels, out, first, last):
+    """Write the rows `first` to `last` of `out`, but for the columns that belong to no tap.
+
+    A row is put together from all `parts` while it is in the cache.
+    """
+    num_taps = blocks.shape[1]
     for row in range(np.uintp(first), np.uintp(last)):
         t, c = row // np.uintp(channels), row % np.uintp(channels)
-        source = np.uintp(blocks[t] * channels) + c
-        for u in range(num_taps):
-            d = np.uintp(pairs[t, u])
-            first_in, first_out = np.uintp(blocks[u] * channels), np.uintp(u * channels)
-            for e in range(np.uintp(channels)):
-                out[row, first_out + e] = correlations[d, source, first_in + e]
+        for part in range(len(parts)):
+            if blocks[part, t] < 0:
+                continue
+            correlations = parts[part]
+            source = np.uintp(blocks[part, t] * channels) + c
+            for u in range(num_taps):
+                if blocks[part, u] < 0:
+                    continue
+                d = np.uintp(pairs[part, t, u])
+                first_in, first_out = np.uintp(blocks[part, u] * channels), np.uintp(u * channels)
+                if part == 0:
+                    for e in range(np.uintp(channels)):
+                        out[row, first_out + e] = correlations[d, source, first_in + e]
+                else:
+                    for e in range(np.uintp(channels)):
+                        out[row, first_out + e] += correlations[d, source, first_in + e]

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import math
 from collections.abc import Iterator, Sequence
-
-import array_api_compat
-import numpy as np
 
 from kfac_xp.backend import array_namespace, itemsize
 from kfac_xp.geometry import ConvGeometry
-from kfac_xp.kernels.cpu import scratch
-from kfac_xp.linalg import compute_cov, pad_with_zeros
+from kfac_xp.linalg import compute_cov
 from kfac_xp.ops import extract_patches
-from kfac_xp.patch_covariance.lattice import TapGrid, ranges
+from kfac_xp.patch_covariance.lattice import ranges
 from kfac_xp.typing import Array
 
 
@@ -89,56 +83,3 @@ def _parts(
     for case, (start, stop) in itertools.product(range(inputs.shape[0]), ranges(lines, at_once)):
         first, last, own = geometry.lines(space, start, stop)
         yield inputs[case : case + 1, first:last, ...], own
-
-
-def tap_covariance(grid: TapGrid, images: Array, normalizer: float) -> Array:
-    """Second moment of patches over the locations that count, divided by `normalizer`.
-
-    Parameters
-    ----------
-    grid
-        The taps.
-    images : shape [N, *sizes, blocks, C]
-    normalizer
-        What the sum over cases and locations is divided by.
-
-    Returns
-    -------
-    Array of shape [taps * C, taps * C].
-    """
-    spans = [axis.locations for axis in grid.axes]
-    pads, starts = [], []
-    for axis, (first, last) in zip(grid.axes, spans, strict=True):
-        before = max(0, -(first + min(axis.shifts)))
-        after = max(0, last + max(axis.shifts) - axis.size)
-        pads.append((before, after))
-        starts.append(first + before)
-    padded = pad_with_zeros(images, pads)
-    views = []
-    for shifts, block in zip(grid.shifts, grid.blocks, strict=True):
-        index = tuple(
-            slice(start + shift, start + shift + last - first)
-            for start, shift, (first, last) in zip(starts, shifts, spans, strict=True)
-        )
-        views.append(padded[(slice(None), *index, block, slice(None))])
-    return _covariance(_stacked(views), normalizer)
-
-
-def _stacked(views: list[Array]) -> Array:
-    """[rows, taps * C] from one array [N, *locations, C] per tap."""
-    xp, first = array_namespace(views[0]), views[0]
-    shape = (math.prod(first.shape[:-1]), len(views) * first.shape[-1])
-    if not array_api_compat.is_numpy_array(first):
-        return xp.reshape(xp.stack(views, axis=-2), shape)
-    out = scratch.empty((*first.shape[:-1], len(views), first.shape[-1]), first.dtype)
-    np.stack(views, axis=-2, out=out)
-    return out.reshape(shape)
-
-
-def _covariance(rows: Array, normalizer: float) -> Array:
-    """`compute_cov`; of NumPy arrays that fill whole vectors without BLAS and its threads."""
-    if not array_api_compat.is_numpy_array(rows) or rows.shape[1] % 16:
-        return compute_cov(rows, None, normalizer)
-    second_moment = importlib.import_module("kfac_xp.kernels.cpu.second_moment").second_moment
-    rows *= normalizer**-0.5
-    return second_moment(rows)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from kfac_xp.geometry import ConvGeometry
-from kfac_xp.patch_covariance.lattice import Slab, TapGrid, lattice_of
+from kfac_xp.patch_covariance.borders import Border, borders_of
+from kfac_xp.patch_covariance.lattice import Axis, TapGrid, lattice_of
 from kfac_xp.patch_covariance.rates import Rates
 from kfac_xp.patch_covariance.spectral import periods
 
@@ -33,14 +34,14 @@ class Plan:
         subtract the locations outside the window.
     seconds
         Estimate.
-    slabs
-        Those locations, in pieces, each with its own plan. None for ``"chunked"``.
+    borders
+        Those locations, in pieces, each with the method that makes its correlations.
     """
 
     grid: TapGrid
     method: Method
     seconds: float
-    slabs: tuple[tuple[Slab, Plan], ...] = ()
+    borders: tuple[tuple[Border, Method], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,47 +61,46 @@ def plans_for(
     lattice = lattice_of(geometry, space)
     if lattice is None:
         return {}
-    plans = grid_plans(lattice.grid, sizes, rates)
-    patches = _chunked_seconds(
-        geometry.num_taps, sizes, rates, geometry.num_locations(space), geometry.num_taps == 1
-    )
-    cut = 0.0 if lattice.grid.num_blocks == 1 else rates.passes(_elements(lattice.grid, sizes))
-    return {
-        method: Plan(
-            plan.grid, method, patches if method == "chunked" else plan.seconds + cut, plan.slabs
-        )
-        for method, plan in plans.items()
-    }
-
-
-def grid_plans(grid: TapGrid, sizes: Sizes, rates: Rates) -> dict[Method, Plan]:
-    """A plan by each method for the taps of a grid."""
-    chunked = _chunked_seconds(grid.num_taps, sizes, rates, grid.num_rows)
+    grid = lattice.grid
+    rows, ready = geometry.num_locations(space), geometry.num_taps == 1
+    chunked = _chunked_seconds(geometry.num_taps, sizes, rates, rows, ready)
     plans: dict[Method, Plan] = {"chunked": Plan(grid, "chunked", chunked)}
     if not grid.has_correlations:
         return plans
-    slabs = tuple((slab, _slab_plan(slab.grid, sizes, rates)) for slab in grid.slabs())
-    width = grid.num_taps * sizes.num_channels
-    shared = rates.passes(2 * width**2) + sum(
-        plan.seconds + rates.passes(3 * (plan.grid.num_taps * sizes.num_channels) ** 2)
-        for _, plan in slabs
-    )
-    offsets = _offsets_seconds(grid, sizes, rates)
-    spectral = _spectral_seconds(grid, sizes, rates)
-    plans["offsets"] = Plan(grid, "offsets", offsets + shared, slabs)
-    plans["spectral"] = Plan(grid, "spectral", spectral + shared, slabs)
+    shared, borders = _shared_seconds(grid, sizes, rates), []
+    for border in borders_of(grid):
+        outside = _outside(border, sizes)
+        found = _correlation_seconds(border.num_blocks, border.others, outside, rates)
+        method = min(found, key=lambda name: found[name])
+        borders.append((border, method))
+        shared += found[method]
+    for method, seconds in _correlation_seconds(grid.num_blocks, grid.axes, sizes, rates).items():
+        plans[method] = Plan(grid, method, seconds + shared, tuple(borders))
     return plans
 
 
-def _slab_plan(grid: TapGrid, sizes: Sizes, rates: Rates) -> Plan:
-    """The cheaper of patches and the spectral method, which are compiled for NumPy."""
-    plans = grid_plans(grid, sizes, rates)
-    plans.pop("offsets", None)
-    width, rows = grid.num_taps * sizes.num_channels, grid.num_rows * sizes.num_cases
-    if is_compiled(width):
-        seconds = rates.passes(2 * rows * width) + rates.blocks(rows * width**2)
-        plans["chunked"] = Plan(grid, "chunked", _scaled(sizes, seconds))
-    return cheapest(plans)
+def _outside(border: Border, sizes: Sizes) -> Sizes:
+    """The sizes of a border's images, where residues are cases."""
+    cases = sizes.num_cases * math.prod(edge.spacing for edge in border.edges)
+    return replace(sizes, num_cases=cases)
+
+
+def _shared_seconds(grid: TapGrid, sizes: Sizes, rates: Rates) -> float:
+    """What every method takes that makes correlations: images, and the result from its parts."""
+    width = grid.num_taps * sizes.num_channels
+    elements = 2.0 * width**2
+    if grid.num_blocks > 1:  # images of the phases
+        elements += 2 * grid.num_blocks * math.prod(grid.sizes) * _per_pixel(sizes)
+    for border in borders_of(grid):
+        taken = sum(block >= 0 for block in border.blocks)
+        pixels = math.prod(edge.lines * edge.spacing for edge in border.edges)
+        pixels *= grid.num_blocks * math.prod(axis.size for axis in border.others)
+        elements += (taken * sizes.num_channels) ** 2 + 2 * pixels * _per_pixel(sizes)
+    return _scaled(sizes, rates.passes(elements))
+
+
+def _per_pixel(sizes: Sizes) -> int:
+    return sizes.num_cases * sizes.num_channels
 
 
 def cheapest(plans: dict[Method, Plan]) -> Plan:
@@ -120,21 +120,34 @@ def _chunked_seconds(
     return _scaled(sizes, copies + rates.second_moment(rows, width))
 
 
-def _offsets_seconds(grid: TapGrid, sizes: Sizes, rates: Rates) -> float:
-    channels = grid.num_blocks * sizes.num_channels
-    rows = sizes.num_cases * math.prod(periods(grid.sizes, [a.offsets for a in grid.axes]))
-    num_offsets = math.prod(len(axis.offsets) for axis in grid.axes)
-    seconds = rates.second_moment(rows, channels)
-    seconds += num_offsets // 2 * rates.product(channels, rows, channels)
-    seconds += rates.passes(2 * rows * channels) + rates.passes(4 * num_offsets * channels**2)
-    return _scaled(sizes, seconds)
+def _correlation_seconds(
+    num_blocks: int, axes: tuple[Axis, ...], sizes: Sizes, rates: Rates
+) -> dict[Method, float]:
+    """The time for correlations of images with these axes, by each method that makes them."""
+    # Axes on which all taps read the same position are as good as more cases.
+    single = math.prod(axis.size for axis in axes if len(axis.offsets) == 1)
+    several = [axis for axis in axes if len(axis.offsets) > 1]
+    sizes = replace(sizes, num_cases=sizes.num_cases * single)
+    channels = num_blocks * sizes.num_channels
+    lengths = periods([axis.size for axis in several], [axis.offsets for axis in several])
+    num_offsets = math.prod(len(axis.offsets) for axis in several)
+    rows = sizes.num_cases * math.prod(lengths)
+    offsets = rates.second_moment(rows, channels)
+    offsets += num_offsets // 2 * rates.product(channels, rows, channels)
+    offsets += rates.passes(2 * rows * channels)
+    put_together = rates.passes(4 * num_offsets * channels**2)
+    seconds: dict[Method, float] = {"offsets": _scaled(sizes, offsets + put_together)}
+    if several:
+        spectral = _transform_seconds(several, lengths, channels, sizes.num_cases, rates)
+        seconds["spectral"] = _scaled(sizes, spectral + put_together)
+    return seconds
 
 
-def _spectral_seconds(grid: TapGrid, sizes: Sizes, rates: Rates) -> float:
-    axes = [axis for axis in grid.axes if len(axis.offsets) > 1]
-    single = math.prod(axis.size for axis in grid.axes if len(axis.offsets) == 1)
-    cases, channels = sizes.num_cases * single, grid.num_blocks * sizes.num_channels
-    first, *others = periods([a.size for a in axes], [a.offsets for a in axes])
+def _transform_seconds(
+    axes: list[Axis], lengths: tuple[int, ...], channels: int, cases: int, rates: Rates
+) -> float:
+    """The time for transforms of images, their products, and correlations from these."""
+    first, *others = lengths
     num_offsets = math.prod(len(axis.offsets) for axis in axes)
     # (rows, inner axis, columns, how many) of every product.
     done = first // 2 + 1
@@ -150,19 +163,12 @@ def _spectral_seconds(grid: TapGrid, sizes: Sizes, rates: Rates) -> float:
         seconds = rates.blocks(sum(2 * m * k * n * count for m, k, n, count in products))
     else:
         seconds = sum(rates.product(*product) for product in products)
-    seconds += rates.passes(4 * done * cases * channels)
-    seconds += rates.passes(4 * num_offsets * channels**2)
-    return _scaled(sizes, seconds)
+    return seconds + rates.passes(4 * done * cases * channels)
 
 
 def is_compiled(columns: int) -> bool:
     """True for so many columns as fill the vectors of the kernels for NumPy."""
     return columns % 16 == 0
-
-
-def _elements(grid: TapGrid, sizes: Sizes) -> int:
-    images = sizes.num_cases * math.prod(grid.sizes) * sizes.num_channels
-    return 2 * grid.num_blocks * images
 
 
 def _scaled(sizes: Sizes, seconds: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import array_api_compat
-
 from kfac_xp.backend import (
     array_namespace,
     as_statistics,
@@ -14,13 +12,13 @@ from kfac_xp.backend import (
 )
 from kfac_xp.geometry import ConvGeometry
 from kfac_xp.kernels.cpu import scratch
-from kfac_xp.linalg import bordered, subtract_at
+from kfac_xp.linalg import bordered
 from kfac_xp.ops import require_images
-from kfac_xp.patch_covariance.blocks import correlation_blocks, tap_pairs
-from kfac_xp.patch_covariance.chunked import chunked_covariance, tap_covariance
+from kfac_xp.patch_covariance.blocks import correlation_blocks, layout_of
+from kfac_xp.patch_covariance.chunked import chunked_covariance
 from kfac_xp.patch_covariance.cost import METHODS, Method, Plan, Sizes, cheapest, plans_for
-from kfac_xp.patch_covariance.lattice import Lattice, counted_positions, lattice_of
-from kfac_xp.patch_covariance.offsets import offset_correlations
+from kfac_xp.patch_covariance.lattice import Axis, Lattice, counted_positions, lattice_of
+from kfac_xp.patch_covariance.offsets import offset_correlations, second_moment
 from kfac_xp.patch_covariance.rates import current
 from kfac_xp.patch_covariance.spectral import spectral_correlations
 from kfac_xp.typing import Array
@@ -45,7 +43,8 @@ class PatchCovariance:
         and transforms.
 
     The last two sum over all locations, those included where the filter hangs over the border,
-    where a block of the result depends on the offset alone, and subtract the locations outside.
+    where a block of the result depends on the offset alone, and subtract the locations outside,
+    which is a smaller problem of the same kind.
     A strided convolution is one of stride 1 on its phase images. A cost model chooses; `explain`
     shows its estimates.
     """
@@ -80,9 +79,9 @@ class PatchCovariance:
         method
             Forces one: ``"chunked"``, ``"offsets"`` or ``"spectral"``.
         workspace
-            Bytes for arrays on the way beside the result and three arrays of the size of the
-            correlations, ``prod(2 kernel - 1) * C^2``; with strides, half of it, beside a copy of
-            the inputs. A bound as long as what must be held of one case or one frequency fits.
+            Bytes for arrays on the way beside the result and the correlations of the images,
+            ``prod(2 kernel - 1) * C^2``, and of their borders; with strides, half of it, beside a
+            copy of the inputs. A bound as long as what must be held of one case or one frequency fits.
 
         Returns
         -------
@@ -174,36 +173,27 @@ patch_covariance = PatchCovariance()
 
 
 def _moment(
-    plan: Plan, images: Array, normalizer: float, workspace: int, last: Array | None = None
+    plan: Plan, images: Array, normalizer: float, workspace: int, last: Array | None
 ) -> Array:
     """Second moment of the patches of the plan's grid; with a last row and column, if given."""
-    if plan.method == "chunked":
-        return tap_covariance(plan.grid, images, normalizer)
-    xp, grid = array_namespace(images), plan.grid
-    halves = _correlations(plan, images, 1 / normalizer, workspace)
-    # NumPy's slices are views: what follows then writes into the result.
-    in_place = array_api_compat.is_numpy_array(images)
-    moment = correlation_blocks(halves, *tap_pairs(grid), last if in_place else None)
-    channels = images.shape[-1]
-    width = grid.num_taps * channels
-    by_tap = xp.reshape(moment[:width, :width], (*grid.grid, channels) * 2)
-    for slab, slab_plan in plan.slabs:
-        with scratch.frame():
-            outside = _moment(slab_plan, slab.images(images), normalizer, workspace)
-            index = [slice(None)] * len(by_tap.shape)
-            for side in (0, len(grid.grid) + 1):
-                index[side + slab.filter_axis] = slice(slab.taps.start, slab.taps.stop)
-            outside = xp.reshape(outside, (*slab.grid.grid, channels) * 2)
-            by_tap = subtract_at(by_tap, tuple(index), outside)
-    if in_place:
-        return moment
-    moment = xp.reshape(by_tap, (width, width))
-    return moment if last is None else bordered(moment, last)
+    grid = plan.grid
+    halves = _correlations(plan.method, images, grid.axes, 1 / normalizer, workspace)
+    borders = []
+    for border, method in plan.borders:
+        scale, lines = border.sign / normalizer, border.images(images)
+        outside = _correlations(method, lines, border.others, scale, workspace)
+        borders.append(border.summed(outside))
+    return correlation_blocks(halves, layout_of(grid), borders, last)
 
 
-def _correlations(plan: Plan, images: Array, scale: float, workspace: int) -> Array:
-    """Correlations of the images with themselves, [offsets, B, C, B, C], in halves."""
-    xp, axes = array_namespace(images), plan.grid.axes
+def _correlations(
+    method: Method, images: Array, axes: tuple[Axis, ...], scale: float, workspace: int
+) -> Array:
+    """Correlations of images [N, *sizes, B, C] with themselves, [offsets, B, C, B, C], in halves.
+
+    ``R[d]`` is ``halves[d] + halves[-d]^T`` as matrices of ``(block, c)``.
+    """
+    xp = array_namespace(images)
     *_, num_blocks, channels = images.shape
     # An axis on which all taps read the same position is as good as more cases.
     single = [i for i, axis in enumerate(axes, start=1) if len(axis.offsets) == 1]
@@ -212,8 +202,13 @@ def _correlations(plan: Plan, images: Array, scale: float, workspace: int) -> Ar
     sizes = [axes[i - 1].size for i in others]
     images = xp.permute_dims(images, (0, *single, *others, last, last + 1))
     images = xp.reshape(images, (-1, *sizes, num_blocks * channels))
-    correlate = offset_correlations if plan.method == "offsets" else spectral_correlations
-    halves = correlate(images, tuple(axes[i - 1].offsets for i in others), scale, workspace)
+    offsets = tuple(axes[i - 1].offsets for i in others)
+    if not offsets:
+        halves = second_moment(images) * (scale / 2)
+    elif method == "spectral":
+        halves = spectral_correlations(images, offsets, scale, workspace)
+    else:
+        halves = offset_correlations(images, offsets, scale, workspace)
     return xp.reshape(halves, (-1, *(num_blocks, channels) * 2))
 
 

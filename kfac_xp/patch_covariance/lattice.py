@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.geometry import ConvGeometry
@@ -30,8 +30,7 @@ class Axis:
     shifts
         For each tap along the filter's axis: location o reads position ``o + shift``. Ascending.
     window
-        The locations ``start <= o < stop`` that count, or None for all, those included where the
-        filter hangs over the border.
+        The locations ``start <= o < stop`` that count.
     read
         The part of its pixels that a phase's most central tap reads from the window, or 0 if no
         tap reads one of them; the least over phases.
@@ -39,45 +38,18 @@ class Axis:
 
     size: int
     shifts: tuple[int, ...]
-    window: tuple[int, int] | None
-    read: float = 1.0
-
-    @property
-    def reaching(self) -> tuple[int, int]:
-        """First and past-the-last location from which some tap reads a position."""
-        return -max(self.shifts), self.size - min(self.shifts)
-
-    @property
-    def locations(self) -> tuple[int, int]:
-        """First and past-the-last location that counts and can be other than zero."""
-        first, last = self.reaching
-        if self.window is not None:
-            first, last = max(first, self.window[0]), min(last, self.window[1])
-        return first, max(first, last)
-
-    @property
-    def outside(self) -> Iterator[int]:
-        """The locations that do not count, and from which some tap reads a position."""
-        if self.window is None:
-            return iter(())
-        first, last = self.reaching
-        start, stop = self.window
-        return itertools.chain(range(first, min(start, last)), range(max(stop, first), last))
+    window: tuple[int, int]
+    read: float
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Differences between two shifts, ascending: symmetric around 0."""
         return tuple(sorted({u - t for t in self.shifts for u in self.shifts}))
 
-    def taps_at(self, location: int) -> range:
-        """The taps that read a position from this location."""
-        inside = [i for i, s in enumerate(self.shifts) if 0 <= location + s < self.size]
-        return range(inside[0], inside[-1] + 1) if inside else range(0)
-
 
 def counted_positions(axis: Axis) -> list[list[float]]:
     """1 where a tap (row) reads a position (column) from a location that counts, else 0."""
-    first, last = axis.locations
+    first, last = axis.window
     return [
         [float(first + shift <= y < last + shift) for y in range(axis.size)]
         for shift in axis.shifts
@@ -90,39 +62,32 @@ class TapGrid:
 
     Parameters
     ----------
-    grid
-        Number of taps along each axis of the filter.
     axes
-        The images' spatial axes.
-    filter_axis
-        For each of `axes`, which axis of `grid` it belongs to. An axis of the grid that has none
-        has become blocks.
+        The images' spatial axes, each with the filter's taps along it.
     blocks
         For each tap, in row-major order, the block that it reads.
     num_blocks
         Images may have more blocks than taps read.
     """
 
-    grid: tuple[int, ...]
     axes: tuple[Axis, ...]
-    filter_axis: tuple[int, ...]
     blocks: tuple[int, ...]
     num_blocks: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of taps along each axis."""
+        return tuple(len(axis.shifts) for axis in self.axes)
+
+    @property
     def num_taps(self) -> int:
         """Number of taps."""
-        return math.prod(self.grid)
+        return len(self.blocks)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Spatial shape of the images."""
         return tuple(axis.size for axis in self.axes)
-
-    @property
-    def num_rows(self) -> int:
-        """Number of locations of one case that count and can be other than zero."""
-        return math.prod(last - first for first, last in (axis.locations for axis in self.axes))
 
     @property
     def has_correlations(self) -> bool:
@@ -132,82 +97,8 @@ class TapGrid:
         half of them by one tap: otherwise more would be subtracted than remains, and rounding
         with it.
         """
-        read = math.prod(axis.read for axis in self.axes if axis.window is not None)
+        read = math.prod(axis.read for axis in self.axes)
         return read >= 0.5 and any(len(axis.offsets) > 1 for axis in self.axes)
-
-    @functools.cached_property
-    def shifts(self) -> list[tuple[int, ...]]:
-        """Shift along each of `axes`, for each tap in row-major order."""
-        return [
-            tuple(axis.shifts[tap[i]] for axis, i in zip(self.axes, self.filter_axis, strict=True))
-            for tap in itertools.product(*map(range, self.grid))
-        ]
-
-    def everywhere(self) -> TapGrid:
-        """The same with all locations counted."""
-        return replace(self, axes=tuple(replace(axis, window=None) for axis in self.axes))
-
-    def slabs(self) -> Iterator[Slab]:
-        """What `everywhere` counts and this grid does not, in pieces without overlap.
-
-        A piece is one location along one axis; along the axes before it only those in the window
-        are taken, along the axes after it all.
-        """
-        for i, axis in enumerate(self.axes):
-            for location in axis.outside:
-                taps = axis.taps_at(location)
-                if taps:
-                    yield self._slab(i, location, taps)
-
-    def _slab(self, i: int, location: int, taps: range) -> Slab:
-        axis, filter_axis = self.axes[i], self.filter_axis[i]
-        positions = tuple(sorted({location + axis.shifts[tap] for tap in taps}))
-        blocks = []
-        for tap, block in zip(itertools.product(*map(range, self.grid)), self.blocks, strict=True):
-            if tap[filter_axis] in taps:
-                row = positions.index(location + axis.shifts[tap[filter_axis]])
-                blocks.append(row * self.num_blocks + block)
-        grid = list(self.grid)
-        grid[filter_axis] = len(taps)
-        later = (replace(a, window=None) for a in self.axes[i + 1 :])
-        remaining = TapGrid(
-            grid=tuple(grid),
-            axes=(*self.axes[:i], *later),
-            filter_axis=self.filter_axis[:i] + self.filter_axis[i + 1 :],
-            blocks=tuple(blocks),
-            num_blocks=len(positions) * self.num_blocks,
-        )
-        return Slab(i, positions, filter_axis, taps, remaining)
-
-
-@dataclass(frozen=True)
-class Slab:
-    """The taps that read something from one location along one axis.
-
-    Parameters
-    ----------
-    axis
-        Index of the axis among the images'.
-    positions
-        Positions along it that are read.
-    filter_axis, taps
-        The filter's axis, and the taps along it that remain.
-    grid
-        Those taps, on images without the axis: its positions have become blocks.
-    """
-
-    axis: int
-    positions: tuple[int, ...]
-    filter_axis: int
-    taps: range
-    grid: TapGrid
-
-    def images(self, images: Array) -> Array:
-        """The slab's images [N, *sizes without the axis, blocks, C]."""
-        xp = array_namespace(images)
-        axis = self.axis + 1
-        cuts = [images[(slice(None),) * axis + (position, ...)] for position in self.positions]
-        return cuts[0] if len(cuts) == 1 else xp.concat(cuts, axis=-2)
 
 
 @dataclass(frozen=True)
@@ -269,15 +160,7 @@ def lattice_of(geometry: ConvGeometry, space: tuple[int, ...]) -> Lattice | None
     axes, phases, phase_of_tap = zip(*(part for part in parts if part is not None), strict=True)
     numbers = [len(cuts) for cuts in phases]
     blocks = [_flat_index(tap_phases, numbers) for tap_phases in itertools.product(*phase_of_tap)]
-    num_axes = len(axes)
-    grid = TapGrid(
-        grid=geometry.kernel,
-        axes=tuple(axes),
-        filter_axis=tuple(range(num_axes)),
-        blocks=tuple(blocks),
-        num_blocks=math.prod(numbers),
-    )
-    return Lattice(grid, tuple(phases))
+    return Lattice(TapGrid(tuple(axes), tuple(blocks), math.prod(numbers)), tuple(phases))
 
 
 def _axis_of(

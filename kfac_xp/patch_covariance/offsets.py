@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
-from kfac_xp.backend import array_namespace, itemsize
-from kfac_xp.linalg import pad_with_zeros
+from kfac_xp.backend import Condition, KernelOp, array_namespace, is_one_float, itemsize
+from kfac_xp.linalg import pad_with_zeros, symmetrized
 from kfac_xp.patch_covariance.lattice import ranges
 from kfac_xp.typing import Array
 
@@ -53,6 +53,12 @@ def offset_correlations(
     return xp.concat([xp.zeros_like(half[1:, ...]), half], axis=0)
 
 
+@KernelOp
+def second_moment(rows: Array) -> Array:
+    """``rows.T @ rows`` for rows [N, d]: shape [d, d], symmetric."""
+    return symmetrized(_product(rows, 0))
+
+
 def _rows_between(offset: tuple[int, ...], widths: list[int]) -> int:
     step = 0
     for d, width in zip(offset, widths, strict=True):
@@ -66,3 +72,13 @@ def _product(rows: Array, step: int) -> Array:
     if step == 0:  # one buffer on both sides: NumPy then does half of the work
         return xp.matmul(xp.matrix_transpose(rows), rows)
     return xp.matmul(xp.matrix_transpose(rows[:-step, :]), rows[step:, :])
+
+
+second_moment.register(
+    "numba",
+    "kfac_xp.kernels.cpu.second_moment:second_moment",
+    accepts=Condition(
+        "float32 or float64 with a multiple of 16 columns",
+        lambda rows: is_one_float(rows) and rows.shape[1] % 16 == 0,
+    ),
+)
