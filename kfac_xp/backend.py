@@ -164,6 +164,8 @@ def detached(x: Array) -> Array:
 
 def as_statistics(x: Array, dtype: Any = None) -> Array:
     """`x` in its statistics dtype; not copied when it has it already."""
+    if dtype is None and type(x) is np.ndarray and x.dtype in _FLOATS:  # soon told
+        return x
     return cast(x, statistics_dtype(x, dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,18 +81,7 @@ class ConvGeometry:
 
         An axis on which the filter does not fit has size 0.
         """
-        if isinstance(self.padding, str):
-            if self.padding == "SAME":
-                return tuple(-(-n // s) for n, s in zip(space, self.strides, strict=True))
-            pads: Sequence[tuple[int, int]] = ((0, 0),) * self.num_axes
-        else:
-            pads = self.padding
-        return tuple(
-            max(0, (n + before + after - reach) // s + 1)
-            for n, (before, after), reach, s in zip(
-                space, pads, self.extent, self.strides, strict=True
-            )
-        )
+        return _output_shape(self, tuple(space))
 
     def pads(self, space: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Zeros before and after each axis of images of spatial shape `space`."""
@@ -134,25 +124,51 @@ class ConvGeometry:
         the second result are the taps left out before and after each axis. (A tap stays where a
         geometry without it would need padding below zero.)
         """
-        pads, outs = self.pads(space), self.output_shape(space)
-        axes = zip(space, outs, pads, self.kernel, self.strides, self.dilation, strict=True)
-        dropped, padding = [], []
-        for n, out, (before, after), k, s, d in axes:
-            meets = [any(0 <= o * s + tap * d - before < n for o in range(out)) for tap in range(k)]
-            low, high = 0, 0
-            if any(meets):
-                low = min(meets.index(True), before // d)
-                high = meets[::-1].index(True)
-            last = (out - 1) * s + (k - 1 - high) * d - before
-            if high and last >= n - 1:
-                after = last - (n - 1)
-            else:
-                high = 0
-            dropped.append((low, high))
-            padding.append((before - low * d, after))
-        kernel = tuple(k - sum(ends) for k, ends in zip(self.kernel, dropped, strict=True))
-        cropped = ConvGeometry(kernel, self.strides, self.dilation, tuple(padding))
-        return cropped, tuple(dropped)
+        return _without_padding_taps(self, tuple(space))
+
+
+# Asked for several times in one call of an op, which may be a small one.
+
+
+@functools.lru_cache(maxsize=1024)
+def _output_shape(geometry: ConvGeometry, space: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(geometry.padding, str):
+        if geometry.padding == "SAME":
+            return tuple(-(-n // s) for n, s in zip(space, geometry.strides, strict=True))
+        pads: Sequence[tuple[int, int]] = ((0, 0),) * geometry.num_axes
+    else:
+        pads = geometry.padding
+    return tuple(
+        max(0, (n + before + after - reach) // s + 1)
+        for n, (before, after), reach, s in zip(
+            space, pads, geometry.extent, geometry.strides, strict=True
+        )
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_padding_taps(
+    geometry: ConvGeometry, space: tuple[int, ...]
+) -> tuple[ConvGeometry, tuple[tuple[int, int], ...]]:
+    pads, outs = geometry.pads(space), geometry.output_shape(space)
+    axes = zip(space, outs, pads, geometry.kernel, geometry.strides, geometry.dilation, strict=True)
+    dropped, padding = [], []
+    for n, out, (before, after), k, s, d in axes:
+        meets = [any(0 <= o * s + tap * d - before < n for o in range(out)) for tap in range(k)]
+        low, high = 0, 0
+        if any(meets):
+            low = min(meets.index(True), before // d)
+            high = meets[::-1].index(True)
+        last = (out - 1) * s + (k - 1 - high) * d - before
+        if high and last >= n - 1:
+            after = last - (n - 1)
+        else:
+            high = 0
+        dropped.append((low, high))
+        padding.append((before - low * d, after))
+    kernel = tuple(k - sum(ends) for k, ends in zip(geometry.kernel, dropped, strict=True))
+    cropped = ConvGeometry(kernel, geometry.strides, geometry.dilation, tuple(padding))
+    return cropped, tuple(dropped)
 
 
 def num_conv_locations(
