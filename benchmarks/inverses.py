@@ -9,6 +9,9 @@ turns, so that a busy machine slows all; a line gives medians of the rounds.
 Three more columns are for comparison within: the library's inverses alone, one after the other and
 without checks; the same from as many Python threads as BLAS has, the largest first; and for sets of
 one size ``numpy.linalg.inv`` of the stacked matrices. The library inverts factors one by one.
+
+With ``--after-products`` NumPy multiplies matrices before each measurement, outside of the time, as
+a training step does: its BLAS's threads then wait for more to do, spinning.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _parser.add_argument("--quick", action="store_true", help="leave out factors of 
 _parser.add_argument("--sets", nargs="+", help="only these sets")
 _parser.add_argument("--rounds", type=int, default=5)
 _parser.add_argument("--without-scipy", action="store_true", help="as if SciPy were not installed")
+_parser.add_argument("--halved", type=int, help="rows up to which no LAPACK is called")
+_parser.add_argument("--after-products", action="store_true", help="as in a training step")
 _options = _parser.parse_args() if __name__ == "__main__" else _parser.parse_args([])
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[_variable] = str(_options.threads)
@@ -39,6 +44,7 @@ import numpy as np  # noqa: E402
 
 from kfac_xp import FullyConnectedKroneckerFactor  # noqa: E402
 from kfac_xp.fisher_factors import refresh_factors  # noqa: E402
+from kfac_xp.kernels.cpu import cholesky_inverse  # noqa: E402
 from kfac_xp.linalg import psd_inv  # noqa: E402
 
 DAMPING = 1e-2
@@ -71,6 +77,8 @@ SETS = {
 
 def main() -> None:
     """Measure and print a Markdown table."""
+    if _options.halved is not None:
+        cholesky_inverse._HALVED = _options.halved
     print(f"{machine()}; {_options.threads} thread(s)")
     torch, reason = peer()
     if torch is None:
@@ -97,10 +105,13 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of one inversion of a set of matrices, by who inverts them."""
     calls = contestants(sizes, torch, threads)
+    square = np.ones((1000, 1000), dtype=np.float32)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):  # the first round warms up
         for name, call in calls.items():
             time.sleep(0.2)  # until the threads of the one before are asleep
+            for _ in range(8 if _options.after_products else 0):
+                square @ square
             start = time.perf_counter()
             call()
             if i:

@@ -1,9 +1,10 @@
 """Inverses of symmetric positive definite matrices on the CPU, and how good they are.
 
-Small matrices are inverted by one compiled call, which wakes no threads; larger ones by LAPACK's
-potrf and potri, where SciPy is installed. Without it the same arithmetic is done by halves, nearly
-all of it in matrix products, to within a fifth or so of LAPACK's speed
-(benchmarks/results/inverses-cpu-2026-11-20.md).
+By halves, nearly all of it in matrix products, down to a small matrix that one compiled call
+inverts. Large matrices go to LAPACK's potrf and potri where SciPy is installed. Not all: SciPy's BLAS
+has threads of its own, which fight for the cores with those that NumPy's last product left spinning.
+On two cores that made the inverses of a training step, of up to 1001 rows, take 1.7 to 2.5 times as
+long; alone LAPACK is at best 1.2 times faster (benchmarks/results/inverses-cpu-2026-11-21.md).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from kfac_xp.kernels.cpu.lapack import lapack
 
 # Rows of a matrix that one compiled call inverts the factor of: up to here as fast as LAPACK.
 _LEAF = 64
+
+# Up to here by halves: an inverse takes less time than a spinning thread waits for more to do.
+_HALVED = 1024
 
 # Rows of a panel of a product with a triangle or to a triangle. Zeros are multiplied within one
 # panel only; matrix products get slower as panels get smaller.
@@ -50,7 +54,7 @@ def _probe(n: int, kind: Any) -> Any:
 def _invert_lower_triangle(matrix: Any) -> bool:
     """Overwrite the lower triangle of a matrix by that of its inverse; False if that fails."""
     potrf, potri = (lapack(name, matrix.dtype.char) for name in ("potrf", "potri"))
-    if matrix.shape[0] > _LEAF and potrf is not None and potri is not None:
+    if matrix.shape[0] > _HALVED and potrf is not None and potri is not None:
         # LAPACK's columns are rows here: its upper triangle is the lower one of these arrays.
         _, failed = potrf(matrix.T, lower=False, overwrite_a=True, clean=False)
         if not failed:

@@ -81,7 +81,8 @@ class PatchCovariance:
         workspace
             Bytes for arrays on the way beside the result and the correlations of the images,
             ``prod(2 kernel - 1) * C^2``, and of their borders; with strides, half of it, beside a
-            copy of the inputs. A bound as long as what must be held of one case or one frequency fits.
+            copy of the inputs. A bound as long as what must be held of one case or one frequency
+            fits.
 
         Returns
         -------
