@@ -1,10 +1,11 @@
 """Inverses of symmetric positive definite matrices on the CPU, and how good they are.
 
 By halves, nearly all of it in matrix products, down to a small matrix that one compiled call
-inverts. Large matrices go to LAPACK's potrf and potri where SciPy is installed. Not all: SciPy's BLAS
-has threads of its own, which fight for the cores with those that NumPy's last product left spinning.
-On two cores that made the inverses of a training step, of up to 1001 rows, take 1.7 to 2.5 times as
-long; alone LAPACK is at best 1.2 times faster (benchmarks/results/inverses-cpu-2026-11-21.md).
+inverts. Large matrices go to LAPACK's potrf and potri where SciPy is installed. Not all: SciPy's
+BLAS has threads of its own, which fight for the cores with those that NumPy's last product left
+spinning. On two cores that made the inverses of a training step, of up to 1001 rows, take 1.7 to
+2.5 times as long; alone LAPACK is at best 1.2 times faster
+(benchmarks/results/inverses-cpu-2026-11-21.md).
 """
 
 from __future__ import annotations
