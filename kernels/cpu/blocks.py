@@ -1,11 +1,13 @@
 """A block of a sum of outer products, made in vector registers: `ROWS` rows by one vector.
 
-Compiled code that uses these intrinsics has their instructions in it. Its cache on disk does not
-notice when this file changes.
+What is multiplied lies at regular steps (`set_block`, `add_block`) or where lists of positions say
+(`add_listed_block`, `add_listed_square`). Compiled code that uses these intrinsics has their
+instructions in it; its cache on disk does not notice when this file changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ ROWS = 8
 # As wide as the processor's vectors. (Machine code is cached per processor.)
 VECTOR_BYTES = 64 if binding.get_host_cpu_features().get("avx512f", False) else 32
 
+_INT64 = ir.IntType(64)
+
 
 def lanes(dtype: Any) -> int:
     """Elements of a vector for arrays of this dtype."""
@@ -29,9 +33,93 @@ def padded(rows: int) -> int:
     return -(-rows // ROWS) * ROWS
 
 
-def _block_of(adds: bool) -> Any:
-    """The intrinsic that writes a block to memory, or adds it to what is there."""
+class _Code:
+    """Writes the instructions of an intrinsic; its arrays are contiguous, of one dtype."""
 
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> None:
+        self.builder, self.args = builder, args
+        self._context, self._types = context, signature.args
+        dtype = signature.args[0].dtype
+        self.bytes_each = dtype.bitwidth // 8
+        self.width = VECTOR_BYTES // self.bytes_each
+        self.vector = ir.VectorType(context.get_data_type(dtype), self.width)
+
+    def pointer(self, argument: int, at: int | None = None) -> Any:
+        """Where an array argument begins, or the element of it that another argument names."""
+        array = self._context.make_array(self._types[argument])
+        data = array(self._context, self.builder, self.args[argument]).data
+        return data if at is None else self.builder.gep(data, [self.args[at]])
+
+    def vector_at(self, pointer: Any) -> Any:
+        return self.builder.bitcast(pointer, self.vector.as_pointer())
+
+    def load_vector(self, pointer: Any) -> Any:
+        return self.builder.load(self.vector_at(pointer), align=self.bytes_each)
+
+    def fused(self, x: Any, y: Any, z: Any) -> Any:
+        """``x * y + z``; one instruction where there is one."""
+        product = self.builder.fmul(x, y, flags=("contract",))
+        return self.builder.fadd(product, z, flags=("contract",))
+
+    def summed(
+        self,
+        begin: Any,
+        end: Any,
+        operands: Callable[[Any], tuple[Sequence[Any], Any]],
+    ) -> list[Any]:
+        """``sum_k entries[r] * columns`` for each of `ROWS` rows, k from `begin` to before `end`.
+
+        `operands` gives, for k, pointers to the entries and to the vector of columns. There is at
+        least one k.
+        """
+        builder = self.builder
+        nowhere = ir.Constant(self.vector, ir.Undefined)
+        int32 = ir.IntType(32)
+        everywhere = ir.Constant(ir.VectorType(int32, self.width), [0] * self.width)
+        zero = ir.Constant(self.vector, [0.0] * self.width)
+        before = builder.block
+        loop, after = map(builder.append_basic_block, ("loop", "after"))
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        k = builder.phi(_INT64)
+        sums = [builder.phi(self.vector) for _ in range(ROWS)]
+        entries, columns = operands(k)
+        column = self.load_vector(columns)
+        totals = []
+        for entry, total in zip(entries, sums, strict=True):
+            value = builder.load(entry)
+            spread = builder.insert_element(nowhere, value, ir.Constant(int32, 0))
+            spread = builder.shuffle_vector(spread, nowhere, everywhere)
+            totals.append(self.fused(spread, column, total))
+            total.add_incoming(zero, before)
+            total.add_incoming(totals[-1], loop)
+        following = builder.add(k, ir.Constant(_INT64, 1))
+        k.add_incoming(begin, before)
+        k.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+
+        builder.position_at_end(after)
+        return totals
+
+    def store(self, totals: Sequence[Any], block: Any, step: Any, kind: str) -> None:
+        """Write a block whose rows are `step` apart: ``"set"``, ``"add"`` or ``"add square"``."""
+        for r, total in enumerate(totals):
+            offset = self.builder.mul(ir.Constant(_INT64, r), step)
+            target = self.vector_at(self.builder.gep(block, [offset]))
+            if kind != "set":
+                old = self.builder.load(target, align=self.bytes_each)
+                squared = kind == "add square"
+                total = self.fused(total, total, old) if squared else self.builder.fadd(old, total)
+            self.builder.store(total, target, align=self.bytes_each)
+
+
+def _rows_from(code: _Code, row: Any) -> list[Any]:
+    """Pointers to `ROWS` consecutive elements."""
+    return [code.builder.gep(row, [ir.Constant(_INT64, r)]) for r in range(ROWS)]
+
+
+def _block_at_steps(kind: str) -> Any:
     def block(typing_context, a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step):
         """``out[r, :] (+)= sum_k a[k, r] * b[k, :]`` for ROWS rows and one vector of columns.
 
@@ -41,60 +129,15 @@ def _block_of(adds: bool) -> Any:
         signature = types.void(a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step)
 
         def generate(context, builder, signature, args):
-            def pointer(argument, at):
-                array = context.make_array(signature.args[argument])
-                data = array(context, builder, args[argument]).data
-                return builder.gep(data, [args[at]])
+            code = _Code(context, builder, signature, args)
+            rows, columns = code.pointer(0, 1), code.pointer(3, 4)
 
-            def counter(value):
-                return ir.Constant(ir.IntType(64), value)
+            def operands(k):
+                row = builder.gep(rows, [builder.mul(k, args[2])])
+                return _rows_from(code, row), builder.gep(columns, [builder.mul(k, args[5])])
 
-            bytes_each = a.dtype.bitwidth // 8
-            width = VECTOR_BYTES // bytes_each
-            vector = ir.VectorType(context.get_data_type(a.dtype), width)
-            zero = ir.Constant(vector, [0.0] * width)
-            nowhere = ir.Constant(vector, ir.Undefined)
-            int32 = ir.IntType(32)
-            everywhere = ir.Constant(ir.VectorType(int32, width), [0] * width)
-
-            def vector_at(base, index):
-                return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
-
-            rows, columns, result = pointer(0, 1), pointer(3, 4), pointer(7, 8)
-            before = builder.block
-            loop, after = map(builder.append_basic_block, ("loop", "after"))
-            builder.branch(loop)
-
-            builder.position_at_end(loop)
-            k, row_at, column_at = (builder.phi(ir.IntType(64)) for _ in range(3))
-            sums = [builder.phi(vector) for _ in range(ROWS)]
-            column = builder.load(vector_at(columns, column_at), align=bytes_each)
-            row = builder.gep(rows, [row_at])
-            totals = []
-            for r, total in enumerate(sums):
-                entry = builder.load(builder.gep(row, [counter(r)]))
-                spread = builder.insert_element(nowhere, entry, ir.Constant(int32, 0))
-                spread = builder.shuffle_vector(spread, nowhere, everywhere)
-                product = builder.fmul(spread, column, flags=("contract",))
-                totals.append(builder.fadd(product, total, flags=("contract",)))
-                total.add_incoming(zero, before)
-                total.add_incoming(totals[-1], loop)
-            steps = (counter(1), args[2], args[5])
-            following = [
-                builder.add(i, by) for i, by in zip((k, row_at, column_at), steps, strict=True)
-            ]
-            for i, value in zip((k, row_at, column_at), following, strict=True):
-                i.add_incoming(counter(0), before)
-                i.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following[0], args[6]), loop, after)
-
-            builder.position_at_end(after)
-            for r, total in enumerate(totals):
-                target = vector_at(result, builder.mul(counter(r), args[9]))
-                if adds:
-                    old = builder.load(target, align=bytes_each)
-                    total = builder.fadd(old, total)
-                builder.store(total, target, align=bytes_each)
+            totals = code.summed(ir.Constant(_INT64, 0), args[6], operands)
+            code.store(totals, code.pointer(7, 8), args[9], kind)
             return context.get_dummy_value()
 
         return signature, generate
@@ -102,4 +145,43 @@ def _block_of(adds: bool) -> Any:
     return intrinsic(block)
 
 
-set_block, add_block = _block_of(adds=False), _block_of(adds=True)
+def _listed_block(kind: str) -> Any:
+    def block(
+        typing_context, image, corner, rows, positions, places, first, last, grads, panel, sums, at
+    ):
+        """Add ``sum_i outer(image[positions[i] + rows], grads[places[i]])``, or its square.
+
+        Arrays are contiguous and taken as flat; `corner`, `panel` and `at` are where the case in
+        `image`, its vector of columns in `grads` and the block in `sums` begin. The sum is over
+        the entries `first` to `last`, at least one.
+        """
+        signature = types.void(
+            image, corner, rows, positions, places, first, last, grads, panel, sums, at
+        )
+
+        def generate(context, builder, signature, args):
+            code = _Code(context, builder, signature, args)
+            case, columns = code.pointer(0, 1), code.pointer(7, 8)
+            position_of, place_of = code.pointer(3), code.pointer(4)
+            starts = [
+                builder.gep(case, [builder.load(offset)])
+                for offset in _rows_from(code, code.pointer(2))
+            ]
+
+            def operands(i):
+                position = builder.load(builder.gep(position_of, [i]))
+                place = builder.load(builder.gep(place_of, [i]))
+                entries = [builder.gep(start, [position]) for start in starts]
+                return entries, builder.gep(columns, [place])
+
+            totals = code.summed(args[5], args[6], operands)
+            code.store(totals, code.pointer(9, 10), ir.Constant(_INT64, code.width), kind)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return intrinsic(block)
+
+
+set_block, add_block = _block_at_steps("set"), _block_at_steps("add")
+add_listed_block, add_listed_square = _listed_block("add"), _listed_block("add square")

@@ -11,19 +11,10 @@ bits of the result do not depend on how the rows are split among threads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import binding, ir
-from numba import types
-from numba.extending import intrinsic
 
+from kfac_xp.kernels.cpu.blocks import ROWS, add_listed_block, add_listed_square
 from kfac_xp.kernels.cpu.jit import compiled
-
-# A block of ROWS x lanes is held in ROWS vector registers, as many as hide the latency of their
-# sums; a vector is as wide as those of the processor. (Machine code is cached per processor.)
-ROWS = 8
-_VECTOR_BYTES = 64 if binding.get_host_cpu_features().get("avx512f", False) else 32
 
 # Locations after which a sum over them is set aside: what is read meanwhile, a cache line each of
 # image and gradients, stays in the first level of the cache from one vector of columns to the
@@ -34,96 +25,6 @@ _SPAN = 256
 _FEW_LOCATIONS = 256
 # Blocks of rows up to which gradients are read where they lie.
 _FEW_BLOCKS = 8
-
-
-def lanes(dtype: Any) -> int:
-    """Columns of a block for arrays of this dtype."""
-    return _VECTOR_BYTES // np.dtype(dtype).itemsize
-
-
-def _block(squared: bool) -> Any:
-    """The intrinsic that adds a block of a product, or its square, to a block in memory."""
-
-    def add_block(
-        typing_context, image, corner, rows, positions, places, first, last, grads, panel, sums, at
-    ):
-        """Add ``sum_i outer(image[positions[i] + rows], grads[places[i]])``, or its square.
-
-        Arrays are contiguous and taken as flat; `corner`, `panel` and `at` are where the case in
-        `image`, its vector of columns in `grads` and the block in `sums` begin. The sum is over
-        the entries `first` to `last`, at least one.
-        """
-        signature = types.void(
-            image, corner, rows, positions, places, first, last, grads, panel, sums, at
-        )
-
-        def generate(context, builder, signature, args):
-            def pointer(argument):
-                array = context.make_array(signature.args[argument])
-                return array(context, builder, args[argument]).data
-
-            bits = image.dtype.bitwidth
-            width = _VECTOR_BYTES * 8 // bits
-            vector = ir.VectorType(context.get_data_type(image.dtype), width)
-            zero = ir.Constant(vector, [0.0] * width)
-            nowhere = ir.Constant(vector, ir.Undefined)
-            int32 = ir.IntType(32)
-            everywhere = ir.Constant(ir.VectorType(int32, width), [0] * width)
-
-            def vector_at(base, index):
-                return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
-
-            def fused(x, y, z):
-                """``x * y + z``; one instruction where there is one."""
-                product = builder.fmul(x, y, flags=("contract",))
-                return builder.fadd(product, z, flags=("contract",))
-
-            row_of, position_of, place_of = pointer(2), pointer(3), pointer(4)
-            case = builder.gep(pointer(0), [args[1]])
-            columns = builder.gep(pointer(7), [args[8]])
-            begin, end = args[5], args[6]
-            constants = [ir.Constant(begin.type, r) for r in range(ROWS)]
-            row_starts = [
-                builder.gep(case, [builder.load(builder.gep(row_of, [r]))]) for r in constants
-            ]
-            before = builder.block
-            loop, after = map(builder.append_basic_block, ("loop", "after"))
-            builder.branch(loop)
-
-            builder.position_at_end(loop)
-            i = builder.phi(begin.type)
-            i.add_incoming(begin, before)
-            products = [builder.phi(vector) for _ in constants]
-            position = builder.load(builder.gep(position_of, [i]))
-            place = builder.load(builder.gep(place_of, [i]))
-            grad = builder.load(vector_at(columns, place), align=bits // 8)
-            for product, start in zip(products, row_starts, strict=True):
-                entry = builder.load(builder.gep(start, [position]))
-                spread = builder.insert_element(nowhere, entry, ir.Constant(int32, 0))
-                spread = builder.shuffle_vector(spread, nowhere, everywhere)
-                product.add_incoming(zero, before)
-                product.add_incoming(fused(spread, grad, product), loop)
-            following = builder.add(i, ir.Constant(i.type, 1))
-            i.add_incoming(following, loop)
-            builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-
-            builder.position_at_end(after)
-            block = builder.gep(pointer(9), [args[10]])
-            for r, product in zip(constants, products, strict=True):
-                (total,) = [value for value, source in product.incomings if source is loop]
-                target = vector_at(block, builder.mul(r, ir.Constant(r.type, width)))
-                old = builder.load(target, align=bits // 8)
-                new = fused(total, total, old) if squared else builder.fadd(old, total)
-                builder.store(new, target, align=bits // 8)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return intrinsic(add_block)
-
-
-_add_product = _block(squared=False)
-_add_square = _block(squared=True)
 
 
 @compiled
@@ -184,7 +85,7 @@ def add_squares(images, grads, axes, out, first, last, cases_in_chunk):
                 at = block * panels * ROWS * width
                 if hits <= _SPAN:
                     for p in range(panels):
-                        _add_square(
+                        add_listed_square(
                             *(pixels, image, rows, positions, places, 0, hits),
                             *(vectors, case + p * panel, out, at + p * ROWS * width),
                         )
@@ -192,7 +93,7 @@ def add_squares(images, grads, axes, out, first, last, cases_in_chunk):
                 for begin in range(0, hits, _SPAN):
                     stop = min(begin + _SPAN, hits)
                     for p in range(panels):
-                        _add_product(
+                        add_listed_block(
                             *(pixels, image, rows, positions, places, begin, stop),
                             *(vectors, case + p * panel, sums, p * ROWS * width),
                         )

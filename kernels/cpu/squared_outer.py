@@ -7,13 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kfac_xp.kernels.cpu.products import (
-    ROWS,
-    add_depthwise_squares,
-    add_squares,
-    add_squares_of_sums,
-    lanes,
-)
+from kfac_xp.kernels.cpu.blocks import ROWS, lanes
+from kfac_xp.kernels.cpu.products import add_depthwise_squares, add_squares, add_squares_of_sums
 from kfac_xp.kernels.cpu.threads import run_in_parts
 from kfac_xp.kernels.three_axes import ThreeAxes, three_axes
 
