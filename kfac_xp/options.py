@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from kfac_xp.typing import EigMethod, Initial, InverseMethod, PiType, TowerStrategy
+from kfac_xp.typing import EigMethod, Initial, InverseMethod, PiType, Precision, TowerStrategy
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class FactorOptions:
         (absolute eigenvalues) or ``"svd"``.
     dtype
         Dtype of the statistics; that of the data, and at least float32, if None.
+    precision
+        ``"highest"``, or ``"high"`` where float32 statistics may be made of products that the
+        GPU rounds to TF32: see `matmul_precision`.
     decomposition_dtype
         Dtype in which inverses and eigendecompositions are computed; that of the statistics if
         None. Results come back in the statistics' dtype.
@@ -62,6 +65,7 @@ class FactorOptions:
     eigenvalue_clipping_threshold: float = 0.0
     posdef_inv_method: InverseMethod = "cholesky"
     dtype: Any = None
+    precision: Precision = "highest"
     decomposition_dtype: Any = None
     pi_type: PiType = "tracenorm"
     normalize_damping_power: float | None = 1.0
@@ -80,6 +84,7 @@ class FactorOptions:
             "initial": Initial,
             "posdef_inv_method": InverseMethod,
             "posdef_eig_method": EigMethod,
+            "precision": Precision,
             "pi_type": PiType,
             "tower_strategy": TowerStrategy,
         }

@@ -37,6 +37,7 @@ Sources: TypeAlias = Array | Iterable[Array | Iterable[Array]]
 
 InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig"]
 EigMethod: TypeAlias = Literal["self_adjoint", "svd"]
+Precision: TypeAlias = Literal["highest", "high"]
 PiType: TypeAlias = Literal["tracenorm", "off"]
 Initial: TypeAlias = Literal["zeros", "identity"]
 TowerStrategy: TypeAlias = Literal["separate", "concat"]

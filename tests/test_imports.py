@@ -16,6 +16,7 @@ ORDER = [
     ["kernels", "_source_tree"],
     ["typing", "geometry"],
     ["state", "backend"],
+    ["precision"],
     ["linalg", "averages", "options", "batches"],
     ["params"],
     ["ops", "operators", "distributed", "randomness"],
