@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from typing import Any, get_args
 
 import array_api_compat
 import numpy as np
@@ -306,7 +307,8 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
     """Inverse of ``x + damping * I`` for a symmetric positive semidefinite `x`.
 
     ``"cholesky"`` inverts the Cholesky factor, ``"matrix_inverse"`` calls the library's general
-    inverse, ``"eig"`` uses an eigendecomposition without clipping. Not finite on failure.
+    inverse, ``"eig"`` uses an eigendecomposition without clipping. ``"newton_schulz"`` improves a
+    last inverse; there is none here, so that it is ``"cholesky"``. Not finite on failure.
 
     Raises
     ------
@@ -314,13 +316,13 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
         If `method` is none of these.
     """
     xp = array_namespace(x)
-    if method == "cholesky":
+    if method in ("cholesky", "newton_schulz"):
         return cholesky_inverse(x, damping)
     if method == "matrix_inverse":
         return symmetrized(_each(xp.linalg.inv, add_to_diagonal(x, damping)))
     if method == "eig":
         return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
-    raise ValueError(f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}.")
+    raise ValueError(f"`method` must be one of {get_args(InverseMethod)}; got {method!r}.")
 
 
 def posdef_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Array:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from kfac_xp.typing import EigMethod, Initial, InverseMethod, PiType, Precision, TowerStrategy
+from kfac_xp.typing import (
+    EighMethod,
+    EigMethod,
+    Initial,
+    InverseMethod,
+    PiType,
+    Precision,
+    TowerStrategy,
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,15 @@ class FactorOptions:
     eigenvalue_clipping_threshold
         Eigenvalues of a covariance below this become this.
     posdef_inv_method
-        ``"cholesky"``, ``"matrix_inverse"`` or ``"eig"``.
+        ``"cholesky"``, ``"matrix_inverse"``, ``"eig"``, or ``"newton_schulz"``: products that
+        improve the last inverse; by Cholesky the first time, and where that fails its check.
     posdef_eig_method
         How a factor of a series block decomposes its correlation over time: ``"self_adjoint"``
         (absolute eigenvalues) or ``"svd"``.
+    eigh_method
+        How powers that go by eigenvectors get them: ``"eigh"``, or ``"orthogonal_iteration"``,
+        which turns the last ones by products and a QR decomposition, and keeps them for that; by
+        ``"eigh"`` the first time, and where that fails its check.
     dtype
         Dtype of the statistics; that of the data, and at least float32, if None.
     precision
@@ -71,6 +84,7 @@ class FactorOptions:
     normalize_damping_power: float | None = 1.0
     tower_strategy: TowerStrategy = "separate"
     posdef_eig_method: EigMethod = "self_adjoint"
+    eigh_method: EighMethod = "eigh"
     assume_zero_mean_activations: bool = False
     subtract_mean_contrib_from_cov: bool = True
     sub_sample_inputs: bool = False
@@ -84,6 +98,7 @@ class FactorOptions:
             "initial": Initial,
             "posdef_inv_method": InverseMethod,
             "posdef_eig_method": EigMethod,
+            "eigh_method": EighMethod,
             "precision": Precision,
             "pi_type": PiType,
             "tower_strategy": TowerStrategy,

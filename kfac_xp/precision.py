@@ -124,9 +124,9 @@ def _of_torch(precision: Precision) -> Iterator[None]:
     Reading the older one fails where a program uses the newer one, not the other way round.
     """
     matmul: Any = importlib.import_module("torch").backends.cuda.matmul
-    name, wanted = "allow_tf32", precision == "high"
-    if hasattr(matmul, "fp32_precision"):
-        name, wanted = "fp32_precision", "tf32" if precision == "high" else "ieee"
+    is_new, faster = hasattr(matmul, "fp32_precision"), precision == "high"
+    name = "fp32_precision" if is_new else "allow_tf32"
+    wanted = ("tf32" if faster else "ieee") if is_new else faster
     before = getattr(matmul, name)
     if before == wanted:
         yield

@@ -45,7 +45,7 @@ def reads(monkeypatch):
         return np.asarray(x.to_device(CPU)) if x.device != CPU else np.asarray(x)
 
     monkeypatch.setattr(state, "to_numpy", read)
-    monkeypatch.setattr("kfac_xp.representations.dense.to_numpy", read)
+    monkeypatch.setattr("kfac_xp.representations.ladder.to_numpy", read)
     return seen
 
 

@@ -18,7 +18,7 @@ ORDER = [
     ["state", "backend"],
     ["precision"],
     ["linalg", "averages", "options", "batches"],
-    ["params"],
+    ["params", "iterations"],
     ["ops", "operators", "distributed", "randomness"],
     ["patch_covariance", "damping", "representations"],
     ["moments"],
