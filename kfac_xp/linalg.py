@@ -20,7 +20,7 @@ from kfac_xp.backend import (
     is_one_float,
     library_of,
 )
-from kfac_xp.precision import of_statistics
+from kfac_xp.precision import exact_products, of_statistics
 from kfac_xp.typing import Array, EigMethod, InverseMethod, Scalar
 
 
@@ -185,7 +185,8 @@ def psd_eigh(x: Array, clip: float | None = 0.0) -> tuple[Array, Array]:
 def clipped_below(w: Array, floor: Scalar | None) -> Array:
     """`w` with what is below `floor` replaced by it; NaN stays."""
     # A maximum against a Python scalar is not in the oldest standard that is served here.
-    return w if floor is None else array_namespace(w).where(w < floor, 0 * w + floor, w)
+    xp = array_namespace(w)
+    return w if floor is None else xp.where(w < floor, xp.zeros_like(w) + floor, w)
 
 
 def _each(
@@ -316,12 +317,13 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
         If `method` is none of these.
     """
     xp = array_namespace(x)
-    if method in ("cholesky", "newton_schulz"):
-        return cholesky_inverse(x, damping)
-    if method == "matrix_inverse":
-        return symmetrized(_each(xp.linalg.inv, add_to_diagonal(x, damping)))
-    if method == "eig":
-        return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
+    with exact_products(x):
+        if method in ("cholesky", "newton_schulz"):
+            return cholesky_inverse(x, damping)
+        if method == "matrix_inverse":
+            return symmetrized(_each(xp.linalg.inv, add_to_diagonal(x, damping)))
+        if method == "eig":
+            return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
     raise ValueError(f"`method` must be one of {get_args(InverseMethod)}; got {method!r}.")
 
 

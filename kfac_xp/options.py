@@ -116,6 +116,11 @@ class FactorOptions:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive; got {getattr(self, name)!r}.")
 
+    @property
+    def starts_warm(self) -> bool:
+        """Whether a method starts from what it computed last."""
+        return self.posdef_inv_method == "newton_schulz" or self.eigh_method != "eigh"
+
     def keywords(self) -> dict[str, Any]:
         """The fields as keyword arguments for a factor."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

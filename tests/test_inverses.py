@@ -69,7 +69,7 @@ class TestStacks:
             assert_close(stored(rep)[0], power(cov, exp), 1e-10)
             alone = factor_of(xp, cov, exps=(exp,))
             refresh_all(alone)
-            assert_close(stored(rep)[0], stored(alone[0])[0], 1e-13)
+            assert_close(stored(rep)[0], stored(alone[0])[0], 1e-12)
             assert_close(rep.decomposition.condition, alone[0].decomposition.condition, 1e-12)
             assert rep.decomposition.rung == "direct"
             assert rep.decomposition.num_updates == average.num_updates
@@ -146,7 +146,8 @@ class TestNewtonSchulz:
             assert_close(one, inverse, 1e-13)
             assert_close(one_bound, bound, 1e-6)
 
-    @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.more)])
+    @pytest.mark.more
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
     def test_a_refresh_goes_on_from_the_last(self, xp, rng, stacks, dtype):
         first = [second_moment(rng) for _ in range(3)]
         pairs = [factor_of(xp, cov, dtype, posdef_inv_method="newton_schulz") for cov in first]

@@ -143,6 +143,8 @@ class Dense(Representation):
     def prepare(self, value: Array, rung: str) -> Prepared | None:
         """What has to be decomposed in the manner of `rung`; None if that is no new way."""
         xp, dtype = array_namespace(value), self.options.decomposition_dtype or value.dtype
+        if rung == "warm" and (self.decomposition is None or not self.options.starts_warm):
+            return None
         if rung == "float64" and (dtype == xp.float64 or not linalg.has_float64(value)):
             return None
         if rung == "float64" or (rung == "clipped eigenvalues" and linalg.has_float64(value)):
@@ -163,7 +165,7 @@ class Dense(Representation):
         if self._needs_eigen(by_eigh, rung):
             start = self.basis if warm else None
             tasks.append(Task(self.options.eigh_method, cov, dtype, start=start))
-        if warm and (self.decomposition is None or not any(t.is_warm for t in tasks)):
+        if warm and not any(task.is_warm for task in tasks):
             return None
         return Prepared(rung, value, dtype, jitter, dampings, inverses, tasks)
 
