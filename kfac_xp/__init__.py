@@ -116,6 +116,7 @@ from kfac_xp.params import (
     vectors_to_flat,
 )
 from kfac_xp.patch_covariance import Rates, calibrate, patch_covariance
+from kfac_xp.precision import matmul_precision
 from kfac_xp.randomness import generate_random_signs
 from kfac_xp.representations import PackagedFunc
 from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
@@ -137,6 +138,7 @@ __all__ = [
     "extract_pointwise_conv2d_patches",
     "generate_random_signs",
     "kronecker_product",
+    "matmul_precision",
     "num_conv_locations",
     "patch_covariance",
     "posdef_eig",

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from typing import Any, get_args
 
 import array_api_compat
 import numpy as np
@@ -19,9 +20,11 @@ from kfac_xp.backend import (
     is_one_float,
     library_of,
 )
+from kfac_xp.precision import exact_products, of_statistics
 from kfac_xp.typing import Array, EigMethod, InverseMethod, Scalar
 
 
+@of_statistics
 def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = None) -> Array:
     """Second moment of rows, not centred: ``x.T @ x / normalizer``, exactly symmetric.
 
@@ -45,8 +48,10 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
     if not scale_rows:
         cov /= n  # an array of this function's own
-    # That update writes one triangle and copies it, so its result is exactly symmetric.
-    return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
+    # That update writes one triangle and copies it, so its result is exactly symmetric. Of a view
+    # with steps NumPy multiplies two copies.
+    is_symmetric = array_api_compat.is_numpy_array(x) and x.flags.forc
+    return cov if y is not None or is_symmetric else symmetrized(cov)
 
 
 def symmetrized(x: Array) -> Array:
@@ -146,8 +151,8 @@ kronecker_product = kron
 
 
 def identity_like(x: Array) -> Array:
-    """Identity of the size, dtype and device of the square matrix `x`."""
-    return array_namespace(x).eye(x.shape[0], dtype=x.dtype, device=device_of(x))
+    """Identity of the size, dtype and device of the square matrix `x`, or of those stacked."""
+    return array_namespace(x).eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
 
 
 def add_to_diagonal(x: Array, damping: Scalar) -> Array:
@@ -167,23 +172,43 @@ def quiet_failures(x: Array) -> AbstractContextManager[object]:
 
 
 def psd_eigh(x: Array, clip: float | None = 0.0) -> tuple[Array, Array]:
-    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, or of each of a stack.
 
     Eigenvalues below `clip` become `clip`: those of a second moment are not negative, and where
     rounding makes them so, a fractional power would be NaN. None leaves them as they are.
     Both results are NaN where the decomposition does not converge.
     """
+    w, v = _each(_eigh, x, lambda failed: (failed[..., 0], failed))
+    return clipped_below(w, clip), v
+
+
+def clipped_below(w: Array, floor: Scalar | None) -> Array:
+    """`w` with what is below `floor` replaced by it; NaN stays."""
+    # A maximum against a Python scalar is not in the oldest standard that is served here.
+    xp = array_namespace(w)
+    return w if floor is None else xp.where(w < floor, xp.zeros_like(w) + floor, w)
+
+
+def _each(
+    decompose: Callable[[Array], Any], x: Array, failed: Callable[[Array], Any] = lambda x: x
+) -> Any:
+    """``decompose(x)`` of a matrix or a stack; `failed` of NaN where the library refuses.
+
+    A library that refuses a stack because of one matrix is given them one by one.
+    """
     xp = array_namespace(x)
     try:
         with quiet_failures(x):
-            w, v = _eigh(x)
+            return decompose(x)
     except Exception as error:
         if not _is_linalg_error(error):
             raise
-        v = xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x))
-        return v[0, :], v
-    # A maximum against a Python scalar is not in the oldest standard that is served here.
-    return (w if clip is None else xp.where(w < clip, xp.full_like(w, clip), w)), v
+    if x.ndim == 2:
+        return failed(xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x)))
+    results = [_each(decompose, x[i, ...], failed) for i in range(x.shape[0])]
+    if isinstance(results[0], tuple):
+        return tuple(xp.stack(parts) for parts in zip(*results, strict=True))
+    return xp.stack(results)
 
 
 def _eigh(x: Array) -> tuple[Array, Array]:
@@ -203,15 +228,7 @@ def _eigh(x: Array) -> tuple[Array, Array]:
 
 def svd(x: Array) -> tuple[Array, Array, Array]:
     """``(U, singular values, V^T)`` of a square matrix; NaN where it does not converge."""
-    xp = array_namespace(x)
-    try:
-        with quiet_failures(x):
-            u, s, vh = xp.linalg.svd(x)
-    except Exception as error:
-        if not _is_linalg_error(error):
-            raise
-        u = xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x))
-        return u, u[0, :], u
+    u, s, vh = _each(array_namespace(x).linalg.svd, x, lambda failed: (failed, failed[0], failed))
     return u, s, vh
 
 
@@ -228,50 +245,44 @@ def cholesky(x: Array, damping: Scalar = 0.0) -> Array:
     everywhere, or garbage in CuPy, which waits for the device when asked to check. Callers look
     at a residual.
     """
-    xp = array_namespace(x)
-    damped = add_to_diagonal(x, damping)
-    if array_api_compat.is_torch_array(x):
+    return _cholesky(add_to_diagonal(x, damping))
+
+
+def _cholesky(damped: Array) -> Array:
+    if array_api_compat.is_torch_array(damped):
         import torch
 
         factor, info = torch.linalg.cholesky_ex(damped)
-        return torch.where(info == 0, factor, torch.full_like(factor, torch.nan))
-    try:
-        with quiet_failures(x):
-            return xp.linalg.cholesky(damped)
-    except Exception as error:
-        if not _is_linalg_error(error):
-            raise
-        return xp.full(tuple(x.shape), xp.nan, dtype=x.dtype, device=device_of(x))
+        return torch.where(info[..., None, None] == 0, factor, torch.nan)
+    return _each(array_namespace(damped).linalg.cholesky, damped)
 
 
 def inverse_lower(factor: Array) -> Array:
     """Inverse of a lower triangular matrix, by the library's triangular solver if it has one."""
+    identity = identity_like(factor)
     if array_api_compat.is_torch_array(factor):
         import torch
 
-        return torch.linalg.solve_triangular(factor, identity_like(factor), upper=False)
+        return torch.linalg.solve_triangular(factor, identity, upper=False)
     solve = _triangular_solver(library_of(factor))
     if solve is not None:
-        return solve(factor, identity_like(factor), lower=True)
-    try:
-        return _inverse_lower_by_halves(factor)
-    except Exception as error:
-        if not _is_linalg_error(error):
-            raise
-        return factor * array_namespace(factor).nan
+        identity = array_namespace(factor).broadcast_to(identity, tuple(factor.shape))
+        return solve(factor, identity, lower=True)
+    return _each(_inverse_lower_by_halves, factor)
 
 
 def _inverse_lower_by_halves(factor: Array) -> Array:
     """``[[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]``: matrix products, mostly."""
-    xp, n = array_namespace(factor), factor.shape[0]
+    xp, n = array_namespace(factor), factor.shape[-1]
     if n <= 64:
         return xp.linalg.inv(factor)
     h = n // 2
-    first = _inverse_lower_by_halves(factor[:h, :h])
-    last = _inverse_lower_by_halves(factor[h:, h:])
-    corner = -xp.matmul(last, xp.matmul(factor[h:, :h], first))
-    zeros = xp.zeros((h, n - h), dtype=factor.dtype, device=device_of(factor))
-    return xp.concat([xp.concat([first, zeros], axis=1), xp.concat([corner, last], axis=1)], axis=0)
+    first = _inverse_lower_by_halves(factor[..., :h, :h])
+    last = _inverse_lower_by_halves(factor[..., h:, h:])
+    corner = -xp.matmul(last, xp.matmul(factor[..., h:, :h], first))
+    zeros = xp.zeros((*factor.shape[:-2], h, n - h), dtype=factor.dtype, device=device_of(factor))
+    upper, lower = xp.concat([first, zeros], axis=-1), xp.concat([corner, last], axis=-1)
+    return xp.concat([upper, lower], axis=-2)
 
 
 @KernelOp
@@ -280,7 +291,15 @@ def cholesky_inverse(x: Array, damping: Scalar) -> Array:
 
     Of `x`, shape [n, n] and symmetric, the lower triangle may be all that is read.
     """
-    inverse_factor = inverse_lower(cholesky(x, damping))
+    return inverse_of_damped(add_to_diagonal(x, damping))
+
+
+def inverse_of_damped(damped: Array) -> Array:
+    """Inverses, by Cholesky factors, of a matrix [n, n] or of each of a stack [k, n, n].
+
+    Not finite where a matrix is not positive definite: in that member of a stack alone.
+    """
+    inverse_factor = inverse_lower(_cholesky(damped))
     xp = array_namespace(inverse_factor)
     return symmetrized(xp.matmul(xp.matrix_transpose(inverse_factor), inverse_factor))
 
@@ -289,7 +308,8 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
     """Inverse of ``x + damping * I`` for a symmetric positive semidefinite `x`.
 
     ``"cholesky"`` inverts the Cholesky factor, ``"matrix_inverse"`` calls the library's general
-    inverse, ``"eig"`` uses an eigendecomposition without clipping. Not finite on failure.
+    inverse, ``"eig"`` uses an eigendecomposition without clipping. ``"newton_schulz"`` improves a
+    last inverse; there is none here, so that it is ``"cholesky"``. Not finite on failure.
 
     Raises
     ------
@@ -297,19 +317,14 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
         If `method` is none of these.
     """
     xp = array_namespace(x)
-    if method == "cholesky":
-        return cholesky_inverse(x, damping)
-    if method == "matrix_inverse":
-        try:
-            with quiet_failures(x):
-                return symmetrized(xp.linalg.inv(add_to_diagonal(x, damping)))
-        except Exception as error:
-            if not _is_linalg_error(error):
-                raise
-            return x * xp.nan
-    if method == "eig":
-        return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
-    raise ValueError(f"`method` must be 'cholesky', 'matrix_inverse' or 'eig'; got {method!r}.")
+    with exact_products(x):
+        if method in ("cholesky", "newton_schulz"):
+            return cholesky_inverse(x, damping)
+        if method == "matrix_inverse":
+            return symmetrized(_each(xp.linalg.inv, add_to_diagonal(x, damping)))
+        if method == "eig":
+            return eigen_power(*psd_eigh(x, clip=None), -1.0, damping)
+    raise ValueError(f"`method` must be one of {get_args(InverseMethod)}; got {method!r}.")
 
 
 def posdef_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Array:
@@ -328,26 +343,27 @@ def posdef_eig(x: Array, method: EigMethod = "self_adjoint") -> tuple[Array, Arr
 
 @KernelOp
 def inverse_checks(x: Array, inverse: Array, damping: Scalar) -> Array:
-    """How well `inverse` inverts ``x + damping * I``: shape [2], not finite if it is not.
+    """How well `inverse` inverts ``x + damping * I``: shape [2], not finite if it does not.
 
     First the residual, the largest entry of ``(x + damping I) inverse p - p`` for one fixed vector
     `p` of size 1: a probe, in O(n^2), that tells a working inverse from a failed one without a
     matrix product. Then the condition number in the 1-norm, exact up to the sign of entries of
-    `x` on the diagonal, which of a second moment are not negative.
+    `x` on the diagonal, which of a second moment are not negative. Of stacks [k, n, n] of
+    matrices: shape [k, 2].
     """
     xp = array_namespace(x, inverse)
-    index = xp.arange(x.shape[0], dtype=x.dtype, device=device_of(x))
-    probe = xp.cos(index * index)
-    image = xp.vecdot(inverse, probe)
-    residual = xp.max(xp.abs(xp.vecdot(x, image) + damping * image - probe))
+    index = xp.arange(x.shape[-1], dtype=x.dtype, device=device_of(x))
+    probe = xp.cos(index * index)[:, None]
+    image = xp.matmul(inverse, probe)
+    residual = xp.max(xp.abs(xp.matmul(x, image) + damping * image - probe), axis=(-2, -1))
     condition = (_one_norm(x) + damping) * _one_norm(inverse)
-    return xp.stack([residual, condition])
+    return xp.stack([residual, condition], axis=-1)
 
 
 def _one_norm(x: Array) -> Array:
     """Largest column sum of absolute values."""
     xp = array_namespace(x)
-    return xp.max(xp.sum(xp.abs(x), axis=0))
+    return xp.max(xp.sum(xp.abs(x), axis=-2), axis=-1)
 
 
 def has_float64(x: Array) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from kfac_xp.backend import array_namespace, device_of
 from kfac_xp.linalg import kron
 from kfac_xp.params import IndexedSlices, matmul_diag_sparse
+from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Scalar
 
 
@@ -72,7 +73,8 @@ class LinearOperator(abc.ABC):
                 )
             return matmul_diag_sparse(op.entries, x)
         self._require("x", x, axis=0)
-        return op._left(x[:, None])[:, 0] if x.ndim == 1 else op._left(x)
+        with exact_products(x):
+            return op._left(x[:, None])[:, 0] if x.ndim == 1 else op._left(x)
 
     def matmul_right(self, x: Array, adjoint: bool = False) -> Array:
         """``x @ M``, or ``x @ M.T``; of `IndexedSlices`, the stored rows times M."""
@@ -80,7 +82,8 @@ class LinearOperator(abc.ABC):
         if isinstance(x, IndexedSlices):
             return x.with_values(op.matmul_right(x.values))
         self._require("x", x, axis=-1)
-        return op._right(x[None, :])[0, :] if x.ndim == 1 else op._right(x)
+        with exact_products(x):
+            return op._right(x[None, :])[0, :] if x.ndim == 1 else op._right(x)
 
     def __matmul__(self, x: Array) -> Array:
         return self.matmul(x)

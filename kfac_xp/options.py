@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from kfac_xp.typing import EigMethod, Initial, InverseMethod, PiType, TowerStrategy
+from kfac_xp.typing import (
+    EighMethod,
+    EigMethod,
+    Initial,
+    InverseMethod,
+    PiType,
+    Precision,
+    TowerStrategy,
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,20 @@ class FactorOptions:
     eigenvalue_clipping_threshold
         Eigenvalues of a covariance below this become this.
     posdef_inv_method
-        ``"cholesky"``, ``"matrix_inverse"`` or ``"eig"``.
+        ``"cholesky"``, ``"matrix_inverse"``, ``"eig"``, or ``"newton_schulz"``: products that
+        improve the last inverse; by Cholesky the first time, and where that fails its check.
     posdef_eig_method
         How a factor of a series block decomposes its correlation over time: ``"self_adjoint"``
         (absolute eigenvalues) or ``"svd"``.
+    eigh_method
+        How powers that go by eigenvectors get them: ``"eigh"``, or ``"orthogonal_iteration"``,
+        which turns the last ones by products and a QR decomposition, and keeps them for that; by
+        ``"eigh"`` the first time, and where that fails its check.
     dtype
         Dtype of the statistics; that of the data, and at least float32, if None.
+    precision
+        ``"highest"``, or ``"high"`` where float32 statistics may be made of products that the
+        GPU rounds to TF32: see `matmul_precision`.
     decomposition_dtype
         Dtype in which inverses and eigendecompositions are computed; that of the statistics if
         None. Results come back in the statistics' dtype.
@@ -62,11 +78,13 @@ class FactorOptions:
     eigenvalue_clipping_threshold: float = 0.0
     posdef_inv_method: InverseMethod = "cholesky"
     dtype: Any = None
+    precision: Precision = "highest"
     decomposition_dtype: Any = None
     pi_type: PiType = "tracenorm"
     normalize_damping_power: float | None = 1.0
     tower_strategy: TowerStrategy = "separate"
     posdef_eig_method: EigMethod = "self_adjoint"
+    eigh_method: EighMethod = "eigh"
     assume_zero_mean_activations: bool = False
     subtract_mean_contrib_from_cov: bool = True
     sub_sample_inputs: bool = False
@@ -80,6 +98,8 @@ class FactorOptions:
             "initial": Initial,
             "posdef_inv_method": InverseMethod,
             "posdef_eig_method": EigMethod,
+            "eigh_method": EighMethod,
+            "precision": Precision,
             "pi_type": PiType,
             "tower_strategy": TowerStrategy,
         }
@@ -95,6 +115,11 @@ class FactorOptions:
         for name in ("max_num_patches", "max_num_patches_per_dimension"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive; got {getattr(self, name)!r}.")
+
+    @property
+    def starts_warm(self) -> bool:
+        """Whether a method starts from what it computed last."""
+        return self.posdef_inv_method == "newton_schulz" or self.eigh_method != "eigh"
 
     def keywords(self) -> dict[str, Any]:
         """The fields as keyword arguments for a factor."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
 from kfac_xp.linalg import add_rows
+from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Params, Scalar, Vectors
 
 
@@ -52,7 +53,8 @@ class IndexedSlices:
 
 def matmul_sparse_dense(a: IndexedSlices, b: Array) -> IndexedSlices:
     """``a @ b`` for sparse rows a: the stored rows times the matrix."""
-    return a.with_values(array_namespace(a.values, b).matmul(a.values, b))
+    with exact_products(b):
+        return a.with_values(array_namespace(a.values, b).matmul(a.values, b))
 
 
 def matmul_diag_sparse(d: Array, a: IndexedSlices) -> IndexedSlices:
@@ -174,7 +176,8 @@ def inner_products(
 
 def _dot(x: Array, y: Array, dtype: Any) -> Array:
     xp = array_namespace(x, y)
-    rows = xp.vecdot(x, y) if x.ndim else x * y
+    with exact_products(x):
+        rows = xp.vecdot(x, y) if x.ndim else x * y
     return xp.sum(rows if dtype is None else cast(rows, dtype))
 
 

@@ -35,8 +35,10 @@ Towers: TypeAlias = Array | Iterable[Array]
 Sources: TypeAlias = Array | Iterable[Array | Iterable[Array]]
 """One array, a list over sources, or a list over sources of lists over towers."""
 
-InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig"]
+InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig", "newton_schulz"]
 EigMethod: TypeAlias = Literal["self_adjoint", "svd"]
+EighMethod: TypeAlias = Literal["eigh", "orthogonal_iteration"]
+Precision: TypeAlias = Literal["highest", "high"]
 PiType: TypeAlias = Literal["tracenorm", "off"]
 Initial: TypeAlias = Literal["zeros", "identity"]
 TowerStrategy: TypeAlias = Literal["separate", "concat"]

@@ -1,115 +1,207 @@
-"""State lives where the data lives, nothing but the one read of a refresh goes to the host.
+"""State lives where the data lives, and nothing but the one read of a refresh goes to the host.
 
-array-api-strict stands in for a device: its second device cannot be mixed with the first.
+array-api-strict stands in for a device: its second device cannot be mixed with the first, and
+every way from it to the host raises. With CuPy (``-m gpu``) the same calls run on a card.
 """
 
 import numpy as np
 import pytest
 
 import kfac_xp
-from kfac_xp import state
-from tests.models import SmallConvNet
+from kfac_xp.estimator import ESTIMATION_MODES
+from tests import places, public_names
+from tests.places import Place, require_place
+from tests.public_names import ABSTRACT, CALLS, WITHOUT_ARRAYS
 
-strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
-DEVICE = strict.Device("device1")
-CPU = strict.Device("CPU_DEVICE")
-
-
-def on(device, array, dtype=None):
-    return strict.asarray(array, dtype=dtype, device=device)
-
-
-def conv_params(rng, device, dtype=None):
-    shapes = {"conv": ((2, 3, 2, 3), (3,)), "dense": ((2 * 3 * 3, 4), (4,))}
-    return {
-        name: tuple(on(device, rng.normal(size=s) / 2, dtype) for s in pair)
-        for name, pair in shapes.items()
-    }
+MOMENTUM = {
+    "regular": {"learning_rate": 0.1, "norm_constraint": 1e-2},
+    "adam": {"learning_rate": 0.1, "norm_constraint": 1e-2},
+    "qmodel": {"learning_rate": None},
+    "qmodel_fixedmu": {"learning_rate": None, "momentum": 0.5},
+}
 
 
-def make_optimizer(params, **keywords):
-    layers = kfac_xp.LayerCollection()
-    layers.register_conv2d("conv", params["conv"], strides=(2, 1), padding="VALID")
-    layers.register_fully_connected("dense", params["dense"], approx="diagonal")
-    layers.register_categorical_predictive_distribution("logits")
-    return kfac_xp.KfacOptimizer(layers, 0.1, 0.1, **keywords)
+@pytest.fixture(params=["array_api_strict", pytest.param("cupy", marks=pytest.mark.gpu)])
+def far(request, monkeypatch):
+    """``(place, watch)``: a device, and what sees values leave it for the host."""
+    if request.param == "cupy":
+        cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+        if not cupy.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        xp = pytest.importorskip("array_api_compat.cupy")
+        yield Place(xp, cupy.cuda.Device()), places.watch_cupy(monkeypatch, cupy)
+        return
+    strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    watch = places.watch_strict(monkeypatch, strict)
+    yield Place(strict, strict.Device("device1")), watch
+    places.unwatch_strict(strict, watch)
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """Every transfer to the host, which array-api-strict does not allow from its second device."""
-    seen = []
-
-    def read(x):
-        seen.append(x.shape)
-        return np.asarray(x.to_device(CPU)) if x.device != CPU else np.asarray(x)
-
-    monkeypatch.setattr(state, "to_numpy", read)
-    monkeypatch.setattr("kfac_xp.representations.dense.to_numpy", read)
-    return seen
+def host_of(place):
+    return Place(place.xp, place.xp.Device("CPU_DEVICE"))
 
 
-def test_a_training_step_stays_on_its_device(rng, reads):
-    params = conv_params(rng, DEVICE)
-    optimizer = make_optimizer(params, invert_every=2, norm_constraint=1e-2)
-    for _ in range(4):
-        x = on(DEVICE, rng.normal(size=(3, 4, 5, 2)))
-        targets = on(DEVICE, rng.integers(0, 4, size=3))
-        params, info = optimizer.step(params, SmallConvNet(params, x, (2, 1)), targets)
-    assert len(reads) == 2, "one read for each of the two inverse updates, and no other"
-    for factor in optimizer.factors:
-        assert factor.cov.device == DEVICE
-    for pair in params.values():
-        assert all(a.device == DEVICE for a in pair)
-    assert info.loss.device == DEVICE
+def test_every_public_name_is_called_or_has_a_reason():
+    listed = [set(CALLS), set(WITHOUT_ARRAYS), ABSTRACT]
+    assert set.union(*listed) == set(kfac_xp.__all__)
+    assert sum(map(len, listed)) == len(kfac_xp.__all__)
 
 
-def test_a_device_gives_the_numbers_of_the_host(rng, reads):
-    ends = []
-    for device in (CPU, DEVICE):
-        draws = np.random.default_rng(0)
-        params = conv_params(draws, device)
-        optimizer = make_optimizer(params, norm_constraint=1e-2)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", CALLS)
+def test_results_are_where_the_data_is(far, name, dtype):
+    """Of the data's library, device and dtype; read is what a refresh reads, and no more."""
+    place, watch = far
+    place.dtype = dtype
+    result = CALLS[name](place)
+    require_place(result, place, same_dtype=name not in public_names.MIXED_DTYPES)
+    assert len(watch.reads) == public_names.READS.get(name, 1)
+    assert all(len(shape) == 1 for shape in watch.reads)
+
+
+class TestTrainingSteps:
+    @pytest.mark.parametrize("mode", ESTIMATION_MODES)
+    def test_estimation_modes(self, far, mode):
+        place, watch = far
+        layers, params = public_names.conv_layers(place)
+        optimizer = kfac_xp.KfacOptimizer(
+            layers, 0.1, 0.1, estimation_mode=mode, invert_every=2, norm_constraint=1e-2
+        )
+        for _ in range(4):
+            params, info = optimizer.step(params, *public_names.conv_batch(place, params))
+        assert len(watch.reads) == 2, "one read for each of the two inverse updates, and no other"
+        require_place(optimizer.factors, place)
+        require_place(params, place)
+        assert info.loss.device == place.device
+
+    @pytest.mark.parametrize("of_loss_fn", [False, True], ids=["constant", "adapted"])
+    @pytest.mark.parametrize("kind", MOMENTUM)
+    def test_momentum_and_damping(self, far, kind, of_loss_fn):
+        """In float32, whose parameters stay so beside scalars of float64."""
+        place, watch = far
+        place.dtype = "float32"
+        settings = {"momentum_type": kind, "invert_every": 2, **MOMENTUM[kind]}
+        if of_loss_fn:
+            settings |= {"adapt_damping": True, "damping_adaptation_interval": 1}
+        step = public_names.optimizer(
+            kfac_xp.KfacOptimizer, batches=4, of_loss_fn=of_loss_fn, **settings
+        )
+        optimizer, params, infos = step(place)
+        assert len(watch.reads) == 2
+        require_place([params, optimizer.estimator], place)
+        require_place(infos, place, same_dtype=False)
+        assert (infos[-1].rho is not None) == of_loss_fn
+
+    def test_measured_a_step_later(self, far):
+        place, watch = far
+        public_names.optimizer(
+            kfac_xp.KfacOptimizer,
+            batches=3,
+            of_loss_fn=True,
+            learning_rate=0.1,
+            adapt_damping=True,
+            damping_adaptation_interval=1,
+            update_damping_immediately=False,
+            use_weight_decay=True,
+            num_burnin_steps=1,
+        )(place)
+        assert len(watch.reads) == 1
+
+    def test_inverses_that_start_from_the_last(self, far):
+        place, watch = far
+        layers, params = public_names.tanh_layers(
+            place, posdef_inv_method="newton_schulz", eigh_method="orthogonal_iteration"
+        )
+        estimator = kfac_xp.FisherEstimator(layers, 0.5, exps=(-1, -0.5), estimation_mode="exact")
+        batch = public_names.tanh_batch(place, params)
         for _ in range(3):
-            x = on(device, draws.normal(size=(3, 4, 5, 2)))
-            targets = on(device, draws.integers(0, 4, size=3))
-            params, _ = optimizer.step(params, SmallConvNet(params, x, (2, 1)), targets)
-        ends.append(params)
+            estimator.update_cov(*batch)
+            estimator.update_inverses()
+        assert {f.info["rung"] for f in estimator.factors} == {"warm"}
+        assert len(watch.reads) == 3
+        require_place(estimator, place)
+
+
+def test_a_watch_sees_every_way_to_the_host(far):
+    place, _ = far
+    if place.xp.__name__.endswith("cupy"):
+        ways = [bool, int, float, lambda x: x.get(), lambda x: x.item(), np.asarray]
+    else:
+        host = place.xp.Device("CPU_DEVICE")
+        ways = [bool, int, float, lambda x: x.to_device(host), np.asarray, lambda x: x[x > 0]]
+    for way in ways:
+        with pytest.raises((AssertionError, RuntimeError)):
+            way(place.positive(1)[0] if way in (bool, int, float) else place.positive(3))
+
+
+def test_a_device_gives_the_numbers_of_the_host():
+    strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    ends = []
+    for device in ("CPU_DEVICE", "device1"):
+        place = Place(strict, strict.Device(device))
+        step = public_names.optimizer(kfac_xp.KfacOptimizer, batches=3, learning_rate=0.1)
+        ends.append(step(place)[1])
     for name in ends[0]:
         for a, b in zip(ends[0][name], ends[1][name], strict=True):
-            assert np.allclose(np.asarray(a), np.asarray(b.to_device(CPU)), rtol=1e-12, atol=0)
+            there = b.to_device(strict.Device("CPU_DEVICE"))
+            assert np.allclose(np.asarray(a), np.asarray(there), rtol=1e-12, atol=0)
 
 
-def test_what_is_not_finite_is_named_at_the_next_inverse_update(rng, reads):
-    params = conv_params(rng, DEVICE)
-    optimizer = make_optimizer(params, invert_every=1)
-    x = on(DEVICE, rng.normal(size=(3, 4, 5, 2)))
-    targets = on(DEVICE, rng.integers(0, 4, size=3))
-    optimizer.step(params, SmallConvNet(params, x, (2, 1)), targets)
-    before = {f.name: np.asarray(f.cov.to_device(CPU)) for f in optimizer.factors}
-    broken = SmallConvNet(params, x * float("nan"), (2, 1))
+def test_what_is_not_finite_is_named_at_the_next_inverse_update(far):
+    place, watch = far
+    layers, params = public_names.conv_layers(place)
+    optimizer = kfac_xp.KfacOptimizer(layers, 0.1, 0.1, invert_every=1)
+    net, targets = public_names.conv_batch(place, params)
+    optimizer.step(params, net, targets)
+    before = {f.name: f.cov for f in optimizer.factors}
+    broken = type(net)(params, net.x * float("nan"), net.strides)
     with pytest.raises(FloatingPointError, match=r"conv\.input.*dense\.diagonal were not finite"):
         optimizer.step(params, broken, targets)
     assert optimizer.counter == 1
+    assert len(watch.reads) == 2
     for factor in optimizer.factors:
-        assert np.array_equal(np.asarray(factor.cov.to_device(CPU)), before[factor.name])
+        with watch.letting():
+            assert bool(place.xp.all(factor.cov == before[factor.name]))
 
 
-def test_mixed_devices_are_an_error(rng):
-    here, there = (on(device, rng.normal(size=(4, 3))) for device in (CPU, DEVICE))
+def test_mixed_devices_are_an_error_that_names_both(far):
+    place, _ = far
+    if place.xp.__name__.endswith("cupy"):
+        pytest.skip("one card only")
+    here, there = (p.normal(4, 3) for p in (host_of(place), place))
+    both = r"CPU_DEVICE.*device1|device1.*CPU_DEVICE"
     factor = kfac_xp.FullyConnectedKroneckerFactor(here)
-    with pytest.raises(ValueError, match=r"is on device .*device1.* Move it there first"):
+    with pytest.raises(ValueError, match=both):
         factor.update_cov(tensors=there, ema_decay=0.9)
-    with pytest.raises(ValueError, match="arrays must be on one device"):
-        kfac_xp.squared_outer(here, there)
     layers = kfac_xp.LayerCollection()
-    with pytest.raises(ValueError, match="arrays must be on one device"):
-        layers.register_fully_connected("fc", (here, on(DEVICE, np.zeros(3))))
+    with pytest.raises(ValueError, match=both):
+        layers.register_fully_connected("fc", (here, place.normal(3)))
+    block = kfac_xp.FullyConnectedKFACBasicFB(None)
+    block.register_additional_tower(here, here)
+    block.instantiate_factors([[here]], 0.1)
+    block.update_cov(inputs=here, outputs_grads=here, ema_decay=0.9)
+    with pytest.raises(ValueError, match=both):
+        block.update_cov(inputs=here, outputs_grads=there, ema_decay=0.9)
+    with pytest.raises(ValueError, match=both):
+        block.multiply(place.normal(3, 3))
+    with pytest.raises(ValueError, match=both):
+        kfac_xp.NormalMeanNegativeLogProbLoss(here, 0.5, there)
+    images, grads = (public_names.images(p) for p in (host_of(place), place))
+    for op, *arguments in [
+        (kfac_xp.squared_outer, here, there),
+        (kfac_xp.compute_cov, here, there),
+        (kfac_xp.kronecker_product, here, there),
+        (kfac_xp.conv_squared_outer, images, grads, public_names.GEOMETRY),
+        (kfac_xp.FullMatrix(here[:3, :]).matmul, there.T),
+    ]:
+        with pytest.raises(ValueError, match=both):
+            op(*arguments)
 
 
 def test_a_device_without_float64_skips_that_rung(rng):
+    strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
     device = strict.Device("no_float64")
-    x = on(device, rng.normal(size=(2, 8)), strict.float32)
+    x = strict.asarray(rng.normal(size=(2, 8)), dtype=strict.float32, device=device)
     factor = kfac_xp.FullyConnectedKroneckerFactor(x)
     factor.register_inverse(0.0)  # rank 2 of 8
     factor.update_cov(tensors=x, ema_decay=0.9)

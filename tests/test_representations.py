@@ -6,8 +6,7 @@ import pytest
 import kfac_xp
 from kfac_xp import averages
 from kfac_xp.options import FactorOptions
-from kfac_xp.representations import DampingKey, Dense, Request, refresh
-from kfac_xp.representations import dense as dense_module
+from kfac_xp.representations import DampingKey, Dense, Request, attempts, ladder, refresh
 from tests.cases import assert_close, to_numpy
 
 
@@ -62,7 +61,8 @@ def test_the_jitter_is_added_and_reported(xp):
     rep = Dense(FactorOptions())
     request = Request("matpower", -1.0, DampingKey(0.0))
     rep.register(request)
-    attempt = rep.attempt(xp.asarray([[4.0, 0.0], [0.0, 0.0]], dtype=xp.float64), "jitter")
+    value = xp.asarray([[4.0, 0.0], [0.0, 0.0]], dtype=xp.float64)
+    (attempt,) = ladder.attempt_together([(rep, rep.prepare(value, "jitter"))])
     jitter = 2 * np.finfo(np.float64).eps * 4
     assert_close(attempt.arrays[request][1, 1], 1 / jitter, 1e-6)
     assert_close(attempt.jitter, jitter, 1e-6)
@@ -82,13 +82,13 @@ def test_every_rung_inverts(xp, rng, rung):
     ]
     for request in requests:
         rep.register(request)
-    attempt = rep.attempt(average.value, rung)
+    (attempt,) = ladder.attempt_together([(rep, rep.prepare(average.value, rung))])
     lower = np.linalg.cholesky(cov + 0.1 * np.eye(8))
     expected = [np.linalg.inv(cov + 0.1 * np.eye(8)), lower, np.linalg.inv(lower)]
     for request, value in zip(requests, expected, strict=True):
         assert_close(attempt.arrays[request], value, 1e-4, request)
     if rung == "float64":
-        assert rep.attempt(xp.astype(average.value, xp.float64), rung) is None
+        assert rep.prepare(xp.astype(average.value, xp.float64), rung) is None
 
 
 def test_a_singular_matrix_without_damping_fails_without_numpy_warnings(xp):
@@ -106,7 +106,7 @@ def test_the_last_good_inverse_stays_with_a_warning(xp, rng, monkeypatch):
     factor.make_covariance_update_op(0.5)()
     factor.update_inverses()
     good = to_numpy(factor.get_inverse(0.1).to_dense()).copy()
-    monkeypatch.setattr(dense_module, "MAX_RESIDUAL", -1.0)
+    monkeypatch.setattr(attempts, "MAX_RESIDUAL", -1.0)
     with pytest.warns(RuntimeWarning, match=f"covariance of {factor.name} cannot be inverted"):
         factor.update_inverses()
     assert np.array_equal(to_numpy(factor.get_inverse(0.1).to_dense()), good)
@@ -153,8 +153,8 @@ def test_flags_of_devices_are_read_with_the_refresh(monkeypatch, rng):
 
 def test_all_factors_are_read_in_one_transfer(monkeypatch, rng):
     reads = []
-    real = dense_module.to_numpy
-    monkeypatch.setattr(dense_module, "to_numpy", lambda x: reads.append(x) or real(x))
+    real = ladder.to_numpy
+    monkeypatch.setattr(ladder, "to_numpy", lambda x: reads.append(x) or real(x))
     params = {"a": np.zeros((3, 2)), "b": np.zeros((2, 4)), "c": np.zeros((3, 2))}
     layers = kfac_xp.LayerCollection()
     for name, kernel in params.items():

@@ -21,6 +21,7 @@ from kfac_xp.fisher_factors import (
 )
 from kfac_xp.geometry import Padding
 from kfac_xp.params import layer_params_to_mat2d, mat2d_to_layer_params
+from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Params, Scalar
 
 
@@ -279,7 +280,9 @@ class FullyConnectedSeriesFB(KroneckerProductFB, InputOutputMultiTowerMultiUse):
         mat = layer_params_to_mat2d(vector)
         xp = array_namespace(mat)
         z = cast(xp.matrix_transpose(mat), self.input_factor.cov.dtype)
-        z = self._option1(z) if self.option == SeriesFBApproximation.option1 else self._option2(z)
+        multiply = self._option1 if self.option == SeriesFBApproximation.option1 else self._option2
+        with exact_products(z):
+            z = multiply(z)
         return mat2d_to_layer_params(vector, cast(xp.matrix_transpose(z), mat.dtype))
 
     def multiply_cholesky(self, vector: Params, transpose: bool = False) -> Params:

@@ -21,6 +21,7 @@ from kfac_xp.batches import (
 from kfac_xp.moments import Moment
 from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
+from kfac_xp.precision import statistics_products
 from kfac_xp.representations import (
     DampingKey,
     Representation,
@@ -107,7 +108,8 @@ class FisherFactor(abc.ABC):
         """The moment of one batch: summed over sources, averaged over towers. Changes nothing."""
         total = None
         for towers in self._sources(**self._named(data)):
-            moments = [self.moment(*map(self._prepared, arguments)) for arguments in towers]
+            with statistics_products(self._like, self.options.precision):
+                moments = [self.moment(*map(self._prepared, arguments)) for arguments in towers]
             mean = sum(moments[1:], start=moments[0]) / len(moments)
             total = mean if total is None else total + mean
         if total is None:

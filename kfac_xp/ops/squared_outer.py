@@ -23,6 +23,7 @@ from kfac_xp.ops.patches import (
     extract_patches,
     require_images,
 )
+from kfac_xp.precision import of_statistics
 from kfac_xp.typing import Array
 
 # Per-case gradients held at a time by the references, in elements: small enough for the cache,
@@ -35,6 +36,7 @@ _FULL_SUM = 256
 
 
 @KernelOp
+@of_statistics
 def squared_outer(rows: Array, grads: Array) -> Array:
     """Sum over cases of the elementwise square of each case's sum of outer products.
 
@@ -79,6 +81,7 @@ def squared_outer(rows: Array, grads: Array) -> Array:
 
 
 @KernelOp
+@of_statistics
 def conv_squared_outer(
     inputs: Array,
     outputs_grad: Array,

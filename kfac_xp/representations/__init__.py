@@ -4,9 +4,11 @@ The contract is *register, refresh, serve*: what will be needed is registered fi
 `refresh` runs, and served from storage, possibly stale, until the next refresh.
 """
 
+from kfac_xp.representations.attempts import RUNGS, Decomposition
 from kfac_xp.representations.base import Representation
-from kfac_xp.representations.dense import Decomposition, Dense, refresh
+from kfac_xp.representations.dense import Dense
 from kfac_xp.representations.diagonal import Diagonal
+from kfac_xp.representations.ladder import refresh
 from kfac_xp.representations.lagged import Lagged
 from kfac_xp.representations.requests import (
     DampingKey,
@@ -20,6 +22,7 @@ from kfac_xp.representations.requests import (
 from kfac_xp.representations.spatially_uncorrelated import SpatiallyUncorrelated
 
 __all__ = [
+    "RUNGS",
     "DampingKey",
     "Decomposition",
     "Dense",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kfac_xp import linalg
-from kfac_xp.backend import array_namespace, as_scalar_like
-from kfac_xp.representations.dense import Dense, relative_jitter, without_residual
+from kfac_xp.backend import array_namespace
+from kfac_xp.representations.attempts import Eigen, Prepared
+from kfac_xp.representations.dense import Dense
 from kfac_xp.representations.requests import Request
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array
 
 
 class Lagged(Dense):
@@ -44,23 +45,28 @@ class Lagged(Dense):
             return xp.concat([zeros, identity, zeros[:1, :]])
         return identity
 
+    @property
+    def _lagged(self) -> list[Request]:
+        return [r for r in self.cache.requests if r.kind in ("option1quants", "option2quants")]
+
+    def _needs_eigen(self, by_eigh: bool, rung: str) -> bool:
+        return bool(self._lagged) or super()._needs_eigen(by_eigh, rung)
+
     def _compute(
-        self, value: Array, jitter: Scalar, *, clipped: bool
+        self,
+        prepared: Prepared,
+        value: Array,
+        inverses: dict[Request, tuple[Array, ...]],
+        eigen: Eigen | None,
     ) -> tuple[dict[Request, Array], list[Array]]:
-        arrays, checks = super()._compute(value, jitter, clipped=clipped)
-        lagged = [r for r in self.cache.requests if r.kind in ("option1quants", "option2quants")]
-        if not lagged:
-            return arrays, checks
-        cov, cov_dt1 = value[0, ...], value[1, ...]
-        xp = array_namespace(value)
-        w, v = self._eigh(cov, floor=relative_jitter(cov) if clipped else None)
-        for request in lagged:
-            damping = as_scalar_like(request.damping.read(), cov) + jitter
-            root = linalg.eigen_power(w, v, -0.5, damping)
+        arrays, checks = super()._compute(prepared, value, inverses, eigen)
+        for request in self._lagged:
+            assert eigen is not None
+            damping = prepared.dampings[request]
+            root = linalg.eigen_power(eigen.values, eigen.vectors, -0.5, damping)
             make = self._option1 if request.kind == "option1quants" else _option2
-            arrays[request] = xp.concat(make(root, cov_dt1))
-            condition = (w[-1] + damping) / (w[0] + damping)
-            checks.append(without_residual(arrays[request], condition))
+            arrays[request] = array_namespace(value).concat(make(root, value[1, ...]))
+            checks.append(eigen.checks(arrays[request], damping))
         return {r: arrays[r] for r in self.cache.requests}, checks
 
     def _option1(self, root: Array, cov_dt1: Array) -> list[Array]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.operators import LinearOperator, RankOneUpdate, RepeatedBlock
 from kfac_xp.options import FactorOptions
-from kfac_xp.representations.dense import Dense, without_residual
+from kfac_xp.representations.attempts import Eigen, Prepared, without_residual
+from kfac_xp.representations.dense import Dense
 from kfac_xp.representations.requests import Request
 from kfac_xp.typing import Array, Scalar
 
@@ -70,8 +71,7 @@ class SpatiallyUncorrelated(Dense):
             value = read_value()
             return self._damped(value, as_scalar_like(request.damping.read(), value))
         stored = self.cache.fetch(request, owner)
-        xp, c = array_namespace(stored), self.num_channels
-        inverse = xp.reshape(stored[: c * c], (c, c))
+        c, inverse = self.num_channels, self._inverse_in(stored)
         scaled_mean, corner, coefficient = stored[c * c : -2], stored[-2], stored[-1]
         base = RepeatedBlock(inverse, self.num_taps, corner if self.has_bias else None)
         if self.options.assume_zero_mean_activations:
@@ -82,14 +82,27 @@ class SpatiallyUncorrelated(Dense):
         zero = 0 * identity[0, 0]
         return _packed(identity, 0 * identity[0, :], 1 + zero, zero)
 
+    def _last_inverse(self, request: Request) -> Array | None:
+        stored = self.cache.stored.get(request)
+        return None if stored is None else self._inverse_in(stored)
+
+    def _inverse_in(self, stored: Array) -> Array:
+        """The inverse of the damped covariance of the channels, within what is stored."""
+        c = self.num_channels
+        return array_namespace(stored).reshape(stored[: c * c], (c, c))
+
     def _compute(
-        self, value: Array, jitter: Scalar, *, clipped: bool
+        self,
+        prepared: Prepared,
+        value: Array,
+        inverses: dict[Request, tuple[Array, ...]],
+        eigen: Eigen | None,
     ) -> tuple[dict[Request, Array], list[Array]]:
-        inverses, checks = super()._compute(value, jitter, clipped=clipped)
+        computed, checks = super()._compute(prepared, value, inverses, eigen)
         xp, mean = array_namespace(value), value[:, -1]
         arrays = {}
-        for request, inverse in inverses.items():
-            damping = as_scalar_like(request.damping.read(), value) + jitter
+        for request, inverse in computed.items():
+            damping = prepared.dampings[request]
             scaled_mean = xp.matmul(inverse, mean)
             corner = xp.ones_like(mean[0]) / damping
             size = 1 + self.num_taps * xp.sum(mean * scaled_mean)

@@ -1,0 +1,168 @@
+"""One rung of the ladder: what it has to compute, what came out, and whether that may be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.representations.requests import Request
+from kfac_xp.representations.solvers import Task
+from kfac_xp.typing import Array, Scalar
+
+RUNGS = ("warm", "direct", "jitter", "float64", "clipped eigenvalues", "last good")
+"""Ways of decomposing, tried in this order until one passes its check.
+
+``"warm"`` starts from what was computed last, and exists only where the options ask for it
+(`posdef_inv_method="newton_schulz"`, `eigh_method="orthogonal_iteration"`) and there is such a
+start. ``"direct"`` is the decomposition itself.
+"""
+
+MAX_RESIDUAL = 1e-2
+"""The residual that passes: see `Decomposition`."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How a factor's stored matrices were last computed.
+
+    Parameters
+    ----------
+    rung
+        Which of `RUNGS` passed.
+    jitter
+        What was added to the diagonal beyond the damping.
+    residual
+        Of inverses, the largest entry of ``(C + damping I) inverse p - p`` for a probe p of size
+        1, or if they are warm the bound on ``|I - (C + damping I) inverse|_F``, if that is
+        larger. Of warm eigenvectors, the root mean square over rows of what they leave off the
+        diagonal, relative to the damped eigenvalues on both sides. 0 where there is nothing to
+        check.
+    condition
+        Estimate of the condition number of the worst damped covariance, in the 1-norm.
+    num_updates
+        How many covariance updates they have seen; what came since makes them stale.
+    """
+
+    rung: str
+    jitter: float
+    residual: float
+    condition: float
+    num_updates: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What has to be computed on one rung, before any of it is.
+
+    Parameters
+    ----------
+    rung
+        Which of `RUNGS`.
+    value
+        What the moving average keeps.
+    dtype
+        What to compute in.
+    jitter
+        What is added to the diagonal beyond the damping.
+    dampings
+        Of each request, the jitter included.
+    inverses
+        Requests whose matrix is an inverse that a task of its own gives.
+    tasks
+        The inverses, in this order; then the eigenvectors, if they are needed.
+    """
+
+    rung: str
+    value: Array
+    dtype: Any
+    jitter: Scalar
+    dampings: dict[Request, Scalar]
+    inverses: list[Request]
+    tasks: list[Task]
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether small eigenvalues are lifted."""
+        return self.rung == "clipped eigenvalues"
+
+
+@dataclass(frozen=True, eq=False)
+class Eigen:
+    """Eigenvalues and eigenvectors of a covariance, or what a warm start made of them.
+
+    Parameters
+    ----------
+    values, vectors
+        In no order that is promised.
+    rest
+        ``vectors.T @ cov @ vectors`` off the diagonal; None where it is rounding.
+    """
+
+    values: Array
+    vectors: Array
+    rest: Array | None = None
+
+    def checks(self, array: Array, damping: Scalar) -> Array:
+        """Residual and condition, shape [2], of a function of the damped covariance."""
+        xp, damped = array_namespace(array), self.values + damping
+        checks = without_residual(array, xp.max(damped) / xp.min(damped))
+        if self.rest is None:
+            return checks
+        # With D the damped eigenvalues, D^-1/2 rest D^-1/2 is the relative error of the matrix.
+        relative = self.rest * self.rest / (damped[:, None] * damped[None, :])
+        residual = xp.sqrt(xp.sum(relative) / damped.shape[0])
+        return checks + xp.stack([residual, xp.zeros_like(residual)])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Matrix functions computed on one rung, with checks that have not been read.
+
+    Parameters
+    ----------
+    rung
+        Which of `RUNGS`.
+    arrays
+        The matrix functions.
+    checks
+        Of each, shape [2]: the residual (NaN if anything is not finite) and the condition number.
+    jitter
+        What was added to the diagonal beyond the damping.
+    basis
+        The eigenvectors, if the next refresh may start from them.
+    """
+
+    rung: str
+    arrays: dict[Request, Array]
+    checks: list[Array]
+    jitter: Scalar
+    basis: Array | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """The worst checks of an attempt, and its jitter, as read."""
+
+    residual: float
+    condition: float
+    jitter: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether its matrices may be used."""
+        return self.residual <= MAX_RESIDUAL and self.condition == self.condition
+
+
+def relative_jitter(cov: Array) -> Array:
+    """A relative nudge of the diagonal: n machine epsilons of its largest entry."""
+    xp = array_namespace(cov)
+    return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
+
+
+def without_residual(array: Array, condition: Scalar = 1.0) -> Array:
+    """The checks of what is no inverse: no residual if all is finite, else NaN; the condition."""
+    xp = array_namespace(array)
+    zero = xp.zeros((), dtype=array.dtype, device=device_of(array))
+    residual = xp.where(xp.all(xp.isfinite(array)), zero, zero + xp.nan)
+    return xp.stack([residual, zero + condition])
