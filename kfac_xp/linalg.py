@@ -48,10 +48,8 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
     if not scale_rows:
         cov /= n  # an array of this function's own
-    # That update writes one triangle and copies it, so its result is exactly symmetric. Of a view
-    # with steps NumPy multiplies two copies.
-    is_symmetric = array_api_compat.is_numpy_array(x) and x.flags.forc
-    return cov if y is not None or is_symmetric else symmetrized(cov)
+    # That update writes one triangle and copies it, so its result is exactly symmetric.
+    return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
 
 
 def symmetrized(x: Array) -> Array:

@@ -66,6 +66,15 @@ class TestStatistics:
         assert seen[2:] == [FASTER[library], EXACT[library], FASTER[library]]
         assert setting(library) == before
 
+    def test_covariances_of_patches_are_too(self, library, seen):
+        x = array(library)[None, :, :, None]
+        for method in ("chunked", "offsets", "spectral"):
+            seen.clear()
+            geometry = kfac_xp.ConvGeometry.create((2, 2))
+            kfac_xp.patch_covariance(x, geometry, method=method)
+            assert seen
+            assert set(seen) == {EXACT[library]}
+
     def test_a_factor_has_an_option_and_the_context_replaces_it(self, library, seen):
         x = array(library)
         factor = kfac_xp.FullyConnectedKroneckerFactor(x, precision="high")

@@ -21,6 +21,7 @@ from kfac_xp.patch_covariance.lattice import Axis, Lattice, counted_positions, l
 from kfac_xp.patch_covariance.offsets import offset_correlations, second_moment
 from kfac_xp.patch_covariance.rates import current
 from kfac_xp.patch_covariance.spectral import spectral_correlations
+from kfac_xp.precision import statistics_products
 from kfac_xp.typing import Array
 
 WORKSPACE = 2**24
@@ -111,14 +112,15 @@ class PatchCovariance:
             sums = sums if mask is None else sums * mask
             count = xp.full((1,), float(rows), dtype=inputs.dtype, device=device_of(inputs))
             last = xp.concat([sums, count]) / normalizer
-        if plan is None:
-            moment = chunked_covariance(inputs, geometry, mask, normalizer, workspace)
-            return moment if last is None else bordered(moment, last)
-        with scratch.frame():
-            lattice = _lattice(geometry, inputs)
-            if lattice.grid.num_blocks > 1:  # phase images are a copy of the inputs
-                workspace = max(1, workspace // 2)
-            return _moment(plan, lattice.images(inputs), normalizer, workspace, last)
+        with statistics_products(inputs):
+            if plan is None:
+                moment = chunked_covariance(inputs, geometry, mask, normalizer, workspace)
+                return moment if last is None else bordered(moment, last)
+            with scratch.frame():
+                lattice = _lattice(geometry, inputs)
+                if lattice.grid.num_blocks > 1:  # phase images are a copy of the inputs
+                    workspace = max(1, workspace // 2)
+                return _moment(plan, lattice.images(inputs), normalizer, workspace, last)
 
     def explain(
         self,
