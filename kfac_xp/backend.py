@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -167,6 +167,32 @@ def as_statistics(x: Array, dtype: Any = None) -> Array:
     if dtype is None and type(x) is np.ndarray and x.dtype in _FLOATS:  # soon told
         return x
     return cast(x, statistics_dtype(x, dtype))
+
+
+def kept_like(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """Decorate a function that makes tables: they are made once, and moved once to each device.
+
+    `make` takes hashable arguments. The decorated function takes an array before these, in whose
+    library and on whose device the tables are returned. They must not be written.
+    """
+    on_host = functools.lru_cache(maxsize=256)(make)
+    devices: dict[tuple[Namespace, str], Any] = {}
+
+    @functools.lru_cache(maxsize=256)
+    def moved(xp: Namespace, name: str, *arguments: Hashable) -> tuple[Array, ...]:
+        return tuple(xp.asarray(table, device=devices[xp, name]) for table in on_host(*arguments))
+
+    @functools.wraps(make)
+    def kept(like: Array, *arguments: Hashable) -> tuple[Array, ...]:
+        if type(like) is np.ndarray:
+            return on_host(*arguments)
+        xp, device = array_namespace(like), device_of(like)
+        if is_tracer(like):  # what is made during a trace may belong to it
+            return tuple(xp.asarray(table) for table in on_host(*arguments))
+        devices[xp, str(device)] = device
+        return moved(xp, str(device), *arguments)
+
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from kfac_xp import (
     squared_outer,
     use_backend,
 )
-from kfac_xp.backend import Condition, KernelOp
+from kfac_xp.backend import Condition, KernelOp, kept_like
+from tests.cases import to_numpy
 
 OPS = [extract_patches, squared_outer, conv_squared_outer]
 IMAGES = np.ones((2, 4, 4, 3))
@@ -254,3 +255,48 @@ def test_importing_the_package_imports_no_array_library_but_numpy():
     code = f"import sys, kfac_xp; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class TestKeptLike:
+    def test_tables_are_made_once_and_moved_once_to_each_place(self, xp):
+        made = []
+
+        @kept_like
+        def tables(n):
+            made.append(n)
+            return np.arange(n), np.ones(n, dtype=np.float32)
+
+        like = xp.ones((2,))
+        numbers, ones = tables(like, 3)
+        assert backend.array_namespace(numbers, ones) is backend.array_namespace(like)
+        assert backend.device_of(numbers) == backend.device_of(like)
+        assert to_numpy(numbers).tolist() == [0, 1, 2]
+        again, _ = tables(like, 3)
+        assert again is numbers
+        tables(np.ones(2), 3)
+        tables(like, 4)
+        assert made == [3, 4]
+
+    def test_each_device_has_its_own(self):
+        strict = pytest.importorskip("array_api_strict", reason="it is not installed")
+
+        @kept_like
+        def tables():
+            return (np.arange(3),)
+
+        for name in ("CPU_DEVICE", "device1", "CPU_DEVICE"):
+            device = strict.Device(name)
+            assert tables(strict.ones((2,), device=device))[0].device == device
+
+    def test_a_trace_leaves_nothing_behind(self):
+        jax = pytest.importorskip("jax", reason="JAX is not installed")
+
+        @kept_like
+        def tables():
+            return (np.arange(3.0, dtype=np.float32),)
+
+        def product(x):
+            return x * tables(x)[0]
+
+        x = jax.numpy.ones(3, dtype=jax.numpy.float32)
+        assert jax.jit(product)(x).tolist() == product(x).tolist() == [0, 1, 2]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfac_xp.backend import Condition, KernelOp, array_namespace, device_of, is_one_float
+from kfac_xp.backend import Condition, KernelOp, array_namespace, is_one_float, kept_like
 from kfac_xp.linalg import add_at, bordered
 from kfac_xp.patch_covariance.borders import borders_of
 from kfac_xp.patch_covariance.lattice import TapGrid
@@ -62,7 +62,7 @@ def correlation_blocks(
     Array of shape [T * C (+ 1), T * C (+ 1)], symmetric.
     """
     xp = array_namespace(halves, *borders)
-    channels, num_axes = halves.shape[2], len(layout.shape)
+    channels = halves.shape[2]
     width = len(layout.blocks[0]) * channels
     by_tap = xp.reshape(_part(halves, layout, 0), (*layout.shape, channels) * 2)
     for part, border in enumerate(borders, start=1):
@@ -75,7 +75,6 @@ def correlation_blocks(
         sizes = tuple(cut.stop - cut.start for cut in within)
         added = xp.reshape(_part(border, layout, part), (*sizes, channels) * 2)
         by_tap = add_at(by_tap, index, added)
-    assert len(by_tap.shape) == 2 * (num_axes + 1)
     matrix = xp.reshape(by_tap, (width, width))
     return matrix if last is None else bordered(matrix, last)
 
@@ -87,13 +86,20 @@ def _part(halves: Array, layout: BlockLayout, part: int) -> Array:
     mirrored = xp.permute_dims(xp.flip(halves, axis=0), (0, 3, 4, 1, 2))
     by_block = xp.permute_dims(halves + mirrored, (0, 1, 3, 2, 4))
     by_block = xp.reshape(by_block, (num_offsets * num_blocks**2, channels, channels))
+    (index,) = _numbers(halves, layout, part, num_blocks)
+    (num_taps,) = np.nonzero(layout.blocks[part] >= 0)[0].shape
+    taken = xp.take(by_block, index, axis=0)
+    taken = xp.reshape(taken, (num_taps, num_taps, channels, channels))
+    return xp.permute_dims(taken, (0, 2, 1, 3))
+
+
+@kept_like
+def _numbers(layout: BlockLayout, part: int, num_blocks: int) -> tuple[np.ndarray]:
+    """For all pairs of taps of a part, which of its blocks [offsets * B * B] theirs is."""
     (taps,) = np.nonzero(layout.blocks[part] >= 0)
     blocks = layout.blocks[part][taps]
     pairs = layout.pairs[part][np.ix_(taps, taps)]
-    index = (pairs * num_blocks + blocks[:, None]) * num_blocks + blocks[None, :]
-    index = xp.asarray(index.reshape(-1), device=device_of(halves))
-    taken = xp.reshape(xp.take(by_block, index, axis=0), (*pairs.shape, channels, channels))
-    return xp.permute_dims(taken, (0, 2, 1, 3))
+    return (((pairs * num_blocks + blocks[:, None]) * num_blocks + blocks).reshape(-1),)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from kfac_xp.backend import (
     array_namespace,
     as_statistics,
+    cast,
     device_of,
     itemsize,
+    kept_like,
     require_one_place,
     statistics_dtype,
 )
@@ -17,7 +21,7 @@ from kfac_xp.ops import require_images
 from kfac_xp.patch_covariance.blocks import correlation_blocks, layout_of
 from kfac_xp.patch_covariance.chunked import chunked_covariance
 from kfac_xp.patch_covariance.cost import METHODS, Method, Plan, Sizes, cheapest, plans_for
-from kfac_xp.patch_covariance.lattice import Axis, Lattice, counted_positions, lattice_of
+from kfac_xp.patch_covariance.lattice import Axis, Lattice, TapGrid, counted_positions, lattice_of
 from kfac_xp.patch_covariance.offsets import offset_correlations, second_moment
 from kfac_xp.patch_covariance.rates import current
 from kfac_xp.patch_covariance.spectral import spectral_correlations
@@ -219,18 +223,27 @@ def _patch_sums(inputs: Array, geometry: ConvGeometry) -> Array:
     """Sum of all patches, [prod(kernel) * C]."""
     xp = array_namespace(inputs)
     lattice = lattice_of(geometry, tuple(inputs.shape[1:-1]))
-    channels, where = inputs.shape[-1], device_of(inputs)
+    channels = inputs.shape[-1]
     if lattice is None:
-        return xp.zeros((geometry.num_taps * channels,), dtype=inputs.dtype, device=where)
+        d = geometry.num_taps * channels
+        return xp.zeros((d,), dtype=inputs.dtype, device=device_of(inputs))
     grid = lattice.grid
     sums = lattice.images(xp.sum(inputs, axis=0, keepdims=True))
     sums = xp.reshape(sums, (*grid.sizes, -1))
-    for i, axis in enumerate(grid.axes):
-        counted = xp.asarray(counted_positions(axis), dtype=inputs.dtype, device=where)
+    rows, *tables = _tables_of_sums(inputs, grid)
+    for i, counted in enumerate(tables):
+        counted = cast(counted, inputs.dtype)
         sums = xp.moveaxis(xp.tensordot(counted, sums, axes=((1,), (i,))), 0, i)
     sums = xp.reshape(sums, (grid.num_taps * grid.num_blocks, channels))
+    return xp.reshape(xp.take(sums, rows, axis=0), (-1,))
+
+
+@kept_like
+def _tables_of_sums(grid: TapGrid) -> tuple[np.ndarray, ...]:
+    """Which (tap, block) every tap reads; and for each axis what `counted_positions` says."""
     rows = [tap * grid.num_blocks + block for tap, block in enumerate(grid.blocks)]
-    return xp.reshape(xp.take(sums, xp.asarray(rows, device=where), axis=0), (-1,))
+    counted = (np.array(counted_positions(axis), dtype=np.float32) for axis in grid.axes)
+    return np.array(rows, dtype=np.int64), *counted
 
 
 def _lattice(geometry: ConvGeometry, inputs: Array) -> Lattice:

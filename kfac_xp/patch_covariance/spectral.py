@@ -21,13 +21,12 @@ case and frequency 4 C^2 flops, however many taps the filter has.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from kfac_xp.backend import Condition, KernelOp, array_namespace, device_of, itemsize
+from kfac_xp.backend import Condition, KernelOp, array_namespace, itemsize, kept_like
 from kfac_xp.patch_covariance.lattice import ranges
 from kfac_xp.typing import Array
 
@@ -62,10 +61,8 @@ def spectral_correlations(
     -------
     Array of shape [prod(len(offsets)), C, C], offsets in row-major order.
     """
-    tables = _tables(tuple(images.shape[1:-1]), offsets, _float_name(images))
-    phases, *transforms = (
-        array_namespace(images).asarray(table, device=device_of(images)) for table in tables
-    )
+    sizes = tuple(images.shape[1:-1])
+    phases, *transforms = _tables(images, sizes, offsets, _float_name(images))
     return phased_correlations(images, phases * scale, transforms, workspace)
 
 
@@ -154,7 +151,7 @@ def _transformed(x: Array, matrices: Sequence[Array]) -> Array:
     return xp.reshape(xp.moveaxis(xp.matmul(last, x), 0, -2), (-1, 2, num_cases, channels))
 
 
-@functools.lru_cache(maxsize=64)
+@kept_like
 def _tables(
     sizes: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], dtype: str
 ) -> tuple[np.ndarray, ...]:
