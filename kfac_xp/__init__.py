@@ -3,6 +3,7 @@
 from kfac_xp import _source_tree  # noqa: F401  (first: it makes kfac_xp.kernels importable)
 from kfac_xp.averages import AccumulatorVariable, MovingAverage, MovingAverageVariable
 from kfac_xp.backend import explain, use_backend
+from kfac_xp.calibration import calibrate
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import (
     LevenbergMarquardt,
@@ -115,7 +116,7 @@ from kfac_xp.params import (
     tensors_to_column,
     vectors_to_flat,
 )
-from kfac_xp.patch_covariance import Rates, calibrate, patch_covariance
+from kfac_xp.patch_covariance import Rates, patch_covariance
 from kfac_xp.precision import matmul_precision
 from kfac_xp.randomness import generate_random_signs
 from kfac_xp.representations import PackagedFunc

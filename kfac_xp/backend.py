@@ -6,15 +6,19 @@ import functools
 import importlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import array_api_compat
 import numpy as np
 
+from kfac_xp.geometry import ConvGeometry
+from kfac_xp.measurements import HOST, KernelTiming, Shapes, nearest_timing
 from kfac_xp.typing import Array, Namespace, Scalar
 
 REFERENCE = "reference"
@@ -72,6 +76,33 @@ def device_of(x: Array) -> Any:
     if type(x) is np.ndarray:
         return "cpu"
     return None if is_tracer(x) else array_api_compat.device(x)
+
+
+def device_kind(x: Array) -> str:
+    """Whose measurements hold for `x`: the model of a CuPy array's device, else `HOST`."""
+    if type(x) is np.ndarray or not array_api_compat.is_cupy_array(x):
+        return HOST
+    return gpu_model(x.device.id)
+
+
+@functools.cache
+def usable_cupy() -> Any:
+    """CuPy, if it is installed, can be imported and has a device; else None."""
+    if find_spec("cupy") is None:
+        return None
+    try:
+        cupy = importlib.import_module("cupy")
+        return cupy if cupy.cuda.is_available() else None
+    except Exception:  # an installation that misses a library fails in many ways
+        return None
+
+
+@functools.cache
+def gpu_model(index: int) -> str:
+    """The model of one of CuPy's devices, such as "NVIDIA H200"."""
+    from cupy.cuda import runtime
+
+    return runtime.getDeviceProperties(index)["name"].decode()
 
 
 def require_one_place(**arrays: Array) -> Namespace:
@@ -208,6 +239,13 @@ class Condition:
 
 
 ALWAYS = Condition("every call", lambda *args, **kwargs: True)
+UNMEASURED = Condition(
+    "no sizes so far: it is still to be measured on a GPU", lambda *args, **kwargs: False
+)
+"""Of a CUDA kernel that is taken only where `kfac_xp.calibrate` finds it faster on the device."""
+
+# A kernel is taken where it was measured to be so many times as fast: timings err.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -251,12 +289,23 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+_ops: weakref.WeakSet[KernelOp] = weakref.WeakSet()
+
+
+def kernel_ops() -> list[KernelOp]:
+    """The library's ops, by name."""
+    own = (op for op in _ops if op.reference.__module__.startswith("kfac_xp."))
+    return sorted(own, key=lambda op: op.name)
+
+
 @dataclass(eq=False)
 class KernelOp:
     """An operation with a reference body and kernels that replace it where they win.
 
     The reference is pure Array API, complete, and the specification. Used as a decorator on it;
-    `checks` decorates the function that validates arguments before anything is chosen.
+    `checks` decorates the function that validates arguments before anything is chosen. Which sizes
+    a CUDA kernel wins for depends on the card: what `kfac_xp.calibrate` measured on it decides, and
+    the kernel's own condition where nothing was measured.
     """
 
     reference: Callable[..., Array]
@@ -265,6 +314,7 @@ class KernelOp:
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.reference)
+        _ops.add(self)
 
     @property
     def name(self) -> str:
@@ -325,15 +375,67 @@ class KernelOp:
             return kernel.function, f"{forced}, because `use_backend` asks for it"
         if kernel is None:
             return self.reference, f"reference, because {refusal}"
+        if kernel.backend == "cuda":
+            kind, timing = self._timed(args, kwargs)
+            if timing is not None:
+                return self._by_timing(kernel, timing, kind)
+            if kernel.wins is UNMEASURED:
+                return self.reference, (
+                    "reference, because the cuda kernel was never measured on this device; run "
+                    "kfac_xp.calibrate()"
+                )
         if kernel.wins.holds(*args, **kwargs):
             won = f"which was measured to win for {kernel.wins.words}"
             return kernel.function, f"{kernel.backend}, {won}"
         lost = f"{kernel.backend} was measured to win only for {kernel.wins.words}"
         return self.reference, f"reference, because {lost}"
 
+    def _timed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, KernelTiming | None]:
+        """The kind of device of the first argument, and the timing there that is nearest."""
+        kind = device_kind(args[0] if args else kwargs[self._first_parameter])
+        dtype, shapes = self.sizes(*args, **kwargs)
+        return kind, nearest_timing(kind, self.name, dtype, shapes)
+
+    def _by_timing(
+        self, kernel: Implementation, timing: KernelTiming, kind: str
+    ) -> tuple[Callable[..., Array], str]:
+        where = ", ".join("x".join(map(str, shape)) for shape in timing.shapes)
+        where = f"at a similar size ({where}) on {kind}"
+        times = f"{timing.speed:.1f} times as fast as the reference"
+        if timing.speed >= _MARGIN:
+            return kernel.function, (
+                f"{kernel.backend}, which `calibrate` measured {times} {where}"
+            )
+        lost = f"`calibrate` measured the {kernel.backend} kernel {times} {where}"
+        return self.reference, f"reference, because {lost}"
+
+    def sizes(self, *args: Any, **kwargs: Any) -> tuple[str, Shapes]:
+        """What timings of the op are kept by: the dtype, and the shapes of what it must be given.
+
+        A geometry counts with its kernel. Optional arguments, numbers and 0-d arrays play no role.
+        """
+        given = self._signature.bind(*args, **kwargs).arguments
+        dtype, shapes = "", []
+        for name, parameter in self._signature.parameters.items():
+            value = given.get(name)
+            if parameter.default is not parameter.empty or value is None:
+                continue
+            if isinstance(value, ConvGeometry):
+                shapes.append(value.kernel)
+            elif getattr(value, "shape", ()):
+                dtype = dtype or str(value.dtype).rpartition(".")[2]
+                shapes.append(tuple(value.shape))
+        return dtype, tuple(shapes)
+
+    @functools.cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.reference)
+
     @functools.cached_property
     def _first_parameter(self) -> str:
-        return next(iter(inspect.signature(self.reference).parameters))
+        return next(iter(self._signature.parameters))
 
     def _kernel_for(self, x: Array) -> tuple[Implementation | None, str]:
         backend, refusal = _kernel_backend(x)
@@ -368,13 +470,13 @@ def _kernel_backend(x: Array) -> tuple[str | None, str]:
     if array_api_compat.is_numpy_array(x):
         return "numba", ""
     if array_api_compat.is_cupy_array(x):
-        refusal = _why_no_cuda()
+        refusal = why_no_cuda()
         return (None, refusal) if refusal else ("cuda", "")
     return None, f"{library_of(x)} arrays have no kernels"
 
 
 @functools.cache
-def _why_no_cuda() -> str:
+def why_no_cuda() -> str:
     """Why Numba cannot launch CUDA kernels here; empty if it can."""
     from numba import config, cuda
 

@@ -14,13 +14,15 @@ ROOT = Path(__file__).parent.parent
 # A module may import from any line above its own, and from its own package.
 ORDER = [
     ["kernels", "_source_tree"],
-    ["typing", "geometry"],
+    ["typing", "geometry", "measurements"],
     ["state", "backend"],
     ["precision"],
     ["linalg", "averages", "options", "batches"],
     ["params", "iterations"],
     ["ops", "operators", "distributed", "randomness"],
     ["patch_covariance", "damping", "representations"],
+    ["calibration"],
+    ["config"],
     ["moments"],
     ["fisher_factors", "loss_functions"],
     ["fisher_blocks"],
@@ -69,10 +71,10 @@ def test_kernels_know_nothing_of_the_library():
         assert "import kernels" not in path.read_text(), path
 
 
-def test_only_state_and_measured_rates_touch_the_disk():
+def test_only_state_and_measurements_touch_the_disk():
     calls = re.compile(r"(?<![\w.])open\(|np\.(load|save)|(write|read)_(text|bytes)")
     for path in (ROOT / "kfac_xp").rglob("*.py"):
-        if path.name not in ("state.py", "rates.py", "_source_tree.py"):
+        if path.name not in ("state.py", "measurements.py", "_source_tree.py"):
             assert not calls.search(path.read_text()), path
 
 

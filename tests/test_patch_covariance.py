@@ -1,7 +1,6 @@
 """The covariance of patches by each method, against patches looked up one entry at a time."""
 
 import itertools
-import json
 import tracemalloc
 
 import numpy as np
@@ -13,7 +12,7 @@ import kfac_xp
 from kfac_xp import ConvGeometry, patch_covariance, use_backend
 from kfac_xp.kernels.cpu import correlation_blocks as kernel_module
 from kfac_xp.kernels.cpu import scratch, threads
-from kfac_xp.patch_covariance import correlation_blocks, rates
+from kfac_xp.patch_covariance import correlation_blocks
 from kfac_xp.patch_covariance.blocks import BlockLayout
 from kfac_xp.patch_covariance.spectral import spectral_correlations
 from tests import naive
@@ -336,45 +335,6 @@ def test_the_explanation_lists_every_estimate(rng):
     assert "takes a mask" in patch_covariance.explain(
         x, geometry, patch_mask=np.ones((3, 3, 2)), has_bias=True
     )
-
-
-@pytest.fixture
-def own_rates(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(rates, "_current", None)
-    monkeypatch.setattr(rates, "_WORK", 2e4)
-    return tmp_path / "kfac_xp" / "rates.json"
-
-
-def test_calibrated_rates_are_used_and_kept(own_rates, monkeypatch, rng):
-    assert rates.current() is rates.DEFAULT
-    measured = kfac_xp.calibrate()
-    assert rates.current() is measured
-    x, geometry = example("2d", rng)
-    assert measured.measured in patch_covariance.explain(x, geometry)
-    monkeypatch.setattr(rates, "_current", None)  # a later process
-    assert rates.current() == measured
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"measured": "x", "products": [1]}'])
-def test_rates_that_cannot_be_read_are_passed_over(own_rates, content):
-    own_rates.parent.mkdir()
-    own_rates.write_text(content)
-    assert rates.current() is rates.DEFAULT
-
-
-def test_incomplete_rates_are_passed_over(own_rates):
-    own_rates.parent.mkdir()
-    kept = {"measured": "x", "products": [1, 2], "symmetric": [1, 2]}
-    own_rates.write_text(json.dumps(kept | {"bytes_per_second": 1, "seconds_per_call": 1}))
-    assert rates.current() is rates.DEFAULT
-
-
-def test_a_cache_that_cannot_be_written_is_passed_over(own_rates):
-    own_rates.parent.parent.joinpath("kfac_xp").write_text("a file, where a folder should be")
-    assert rates.current() is rates.DEFAULT
-    measured = kfac_xp.calibrate()
-    assert rates.current() is measured
 
 
 # ---------------------------------------------------------------------------------------------

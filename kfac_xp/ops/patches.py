@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from kfac_xp.backend import (
+    UNMEASURED,
     Condition,
     KernelOp,
     array_namespace,
@@ -17,9 +18,6 @@ from kfac_xp.linalg import pad_with_zeros
 from kfac_xp.typing import Array
 
 CPU, CUDA = "kfac_xp.kernels.cpu", "kfac_xp.kernels.cuda"
-UNMEASURED = Condition(
-    "no sizes so far: it is still to be measured on a GPU", lambda *args, **kwargs: False
-)
 
 
 @KernelOp

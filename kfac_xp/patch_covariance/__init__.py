@@ -2,6 +2,6 @@
 
 from kfac_xp.patch_covariance.blocks import correlation_blocks
 from kfac_xp.patch_covariance.covariance import PatchCovariance, patch_covariance
-from kfac_xp.patch_covariance.rates import Rates, calibrate
+from kfac_xp.patch_covariance.rates import Rates
 
-__all__ = ["PatchCovariance", "Rates", "calibrate", "correlation_blocks", "patch_covariance"]
+__all__ = ["PatchCovariance", "Rates", "correlation_blocks", "patch_covariance"]

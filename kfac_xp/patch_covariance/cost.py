@@ -64,6 +64,7 @@ def plans_for(
     grid = lattice.grid
     rows, ready = geometry.num_locations(space), geometry.num_taps == 1
     chunked = _chunked_seconds(geometry.num_taps, sizes, rates, rows, ready)
+    chunked = rates.corrected("chunked", chunked)
     plans: dict[Method, Plan] = {"chunked": Plan(grid, "chunked", chunked)}
     if not grid.has_correlations:
         return plans
@@ -75,7 +76,8 @@ def plans_for(
         borders.append((border, method))
         shared += found[method]
     for method, seconds in _correlation_seconds(grid.num_blocks, grid.axes, sizes, rates).items():
-        plans[method] = Plan(grid, method, seconds + shared, tuple(borders))
+        seconds = rates.corrected(method, seconds + shared)
+        plans[method] = Plan(grid, method, seconds, tuple(borders))
     return plans
 
 
@@ -159,16 +161,16 @@ def _transform_seconds(
         done *= length
     products.append((channels, 2 * cases, channels, done))
     products.append((num_offsets, done, channels**2, 1))
-    if is_compiled(channels):
+    if is_compiled(channels, rates):
         seconds = rates.blocks(sum(2 * m * k * n * count for m, k, n, count in products))
     else:
         seconds = sum(rates.product(*product) for product in products)
     return seconds + rates.passes(4 * done * cases * channels)
 
 
-def is_compiled(columns: int) -> bool:
-    """True for so many columns as fill the vectors of the kernels for NumPy."""
-    return columns % 16 == 0
+def is_compiled(columns: int, rates: Rates) -> bool:
+    """True on a host for so many columns as fill the vectors of the kernels for NumPy."""
+    return not rates.is_gpu and columns % 16 == 0
 
 
 def _scaled(sizes: Sizes, seconds: float) -> float:

@@ -23,7 +23,7 @@ from kfac_xp.patch_covariance.chunked import chunked_covariance
 from kfac_xp.patch_covariance.cost import METHODS, Method, Plan, Sizes, cheapest, plans_for
 from kfac_xp.patch_covariance.lattice import Axis, Lattice, TapGrid, counted_positions, lattice_of
 from kfac_xp.patch_covariance.offsets import offset_correlations, second_moment
-from kfac_xp.patch_covariance.rates import current
+from kfac_xp.patch_covariance.rates import rates_of
 from kfac_xp.patch_covariance.spectral import spectral_correlations
 from kfac_xp.precision import statistics_products
 from kfac_xp.typing import Array
@@ -147,7 +147,7 @@ class PatchCovariance:
             text += "because `method` asks for it; "
         by_cost = sorted(plans.values(), key=lambda plan: plan.seconds)
         costs = ", ".join(f"{plan.method} {1e3 * plan.seconds:.3g} ms" for plan in by_cost)
-        return text + f"estimated: {costs} (rates of {current().measured})"
+        return text + f"estimated: {costs} (rates of {rates_of(inputs).measured})"
 
     def _plan(
         self,
@@ -163,7 +163,7 @@ class PatchCovariance:
             return None, {}
         num_cases, *space, channels = inputs.shape
         sizes = Sizes(num_cases, channels, max(4, itemsize(inputs)))
-        plans = plans_for(geometry, tuple(space), sizes, current())
+        plans = plans_for(geometry, tuple(space), sizes, rates_of(inputs))
         if method not in (None, "chunked", *plans):
             raise ValueError(
                 f"`method` {method!r} needs taps that read the same pixels, all of these, and one "

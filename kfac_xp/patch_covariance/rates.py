@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import statistics
-import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
-import numpy as np
+from kfac_xp import measurements
+from kfac_xp.backend import device_kind
+from kfac_xp.measurements import HOST, Record
+from kfac_xp.typing import Array
 
 SIZES = (2, 8, 32, 128, 512, 2048)
 """Smallest dimensions of the products that are measured; between them rates are interpolated."""
 
-_REPEATS = 5
-_WORK = 2e8  # multiply-adds of a measured product
 # Compiled sums of outer products against the largest product by BLAS: measured 0.5 to 0.85.
 _BLOCKS = 0.6
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates of one machine, in float32; float64 is taken to be half as fast.
+    """Measured rates of one device, in float32; float64 is taken to be half as fast.
 
     Parameters
     ----------
@@ -39,6 +36,12 @@ class Rates:
         Of arrays read and written, element by element.
     seconds_per_call
         What an operation costs beside its arithmetic.
+    is_gpu
+        A product of two stacks of matrices is then one call. The kernels for NumPy's arrays, which
+        the estimates for a host reckon with, do not serve.
+    corrections
+        ``(method, factor, seconds)``: a method takes its estimate times the factor, and so many
+        seconds more. As measured on a GPU, where most of a small problem's time is that of calls.
     """
 
     measured: str
@@ -46,11 +49,14 @@ class Rates:
     symmetric: tuple[float, ...]
     bytes_per_second: float
     seconds_per_call: float
+    is_gpu: bool = False
+    corrections: tuple[tuple[str, float, float], ...] = ()
 
     def product(self, m: float, k: float, n: float, count: float = 1) -> float:
         """Seconds for `count` products of [m, k] and [k, n]."""
         flops = 2 * m * k * n * count
-        return flops / _interpolated(self.products, min(m, k, n)) + count * self.seconds_per_call
+        calls = 1 if self.is_gpu else count
+        return flops / _interpolated(self.products, min(m, k, n)) + calls * self.seconds_per_call
 
     def second_moment(self, rows: float, columns: float) -> float:
         """Seconds for ``x.T @ x`` with x of shape [rows, columns]."""
@@ -65,6 +71,13 @@ class Rates:
         """Seconds for reading or writing so many elements."""
         return 4 * elements / self.bytes_per_second + self.seconds_per_call
 
+    def corrected(self, method: str, seconds: float) -> float:
+        """What a method with this estimate is expected to take."""
+        for name, factor, more in self.corrections:
+            if name == method:
+                return factor * seconds + more
+        return seconds
+
 
 DEFAULT = Rates(
     measured="2 cores of an x86-64 with AVX-512, set by hand from runs of 2026-11-20",
@@ -75,87 +88,64 @@ DEFAULT = Rates(
 )
 
 
-def calibrate(*, keep: bool = True) -> Rates:
-    """Measure this machine's rates with NumPy, and choose methods by them from now on.
+def roofline(
+    measured: str, flops: float, bytes_per_second: float, seconds_per_call: float
+) -> Rates:
+    """The rates of a GPU by its data sheet.
 
-    Takes about a second. The number of BLAS threads is taken as it is.
-
-    Parameters
-    ----------
-    keep
-        Write the rates to the user's cache folder, where later processes find them. A folder that
-        cannot be written is passed over.
+    A product whose smallest dimension is s reads or writes at least one number for every s
+    multiply-adds, which bounds its rate as the arithmetic does.
     """
-    rng = np.random.default_rng(0)
-
-    def random(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    products, symmetric = [], []
-    for size in SIZES:
-        rest = int(min(8192, max(size, math.sqrt(_WORK / size))))
-        # Half of them with a small result, half with a short inner axis: both occur.
-        x, y = random(rest, size), random(rest, rest if rest < 1024 else 1024)
-        seconds = _seconds(np.matmul, x.T, y)
-        products.append(2 * x.size * y.shape[1] / seconds)
-        rows = max(size, int(_WORK / size**2))
-        x = random(min(rows, 2**16), size)
-        symmetric.append(2 * x.size * size / _seconds(np.matmul, x.T, x))
-    x, y = random(2**21), random(2**21)
-    stream = 3 * x.nbytes / _seconds(np.add, x, y)
-    small = random(2, 2)
-    call = _seconds(np.matmul, small, small)
-    when = time.strftime("%Y-%m-%d")
-    rates = Rates(f"{when}, on this machine", tuple(products), tuple(symmetric), stream, call)
-    if keep:
-        _write(rates)
-    global _current
-    _current = rates
-    return rates
+    products = tuple(min(flops, size / 2 * bytes_per_second) for size in SIZES)
+    return Rates(measured, products, products, bytes_per_second, seconds_per_call, is_gpu=True)
 
 
-def current() -> Rates:
-    """The rates last measured on this machine, or those that come with the library."""
-    global _current
-    if _current is None:
-        _current = _read() or DEFAULT
-    return _current
+DEFAULT_GPU = roofline(
+    "no measurement: a data sheet's 19.5 TFLOP/s and 1.5 TB/s with 10 us for a call; "
+    "`kfac_xp.calibrate()` measures",
+    flops=1.95e13,
+    bytes_per_second=1.5e12,
+    seconds_per_call=1e-5,
+)
 
 
-_current: Rates | None = None
+def rates_of(x: Array) -> Rates:
+    """Rates of the device of `x`: as last measured, or those that come with the library."""
+    return rates_of_kind(device_kind(x))
 
 
-def cache_file() -> Path:
-    """Where `calibrate` keeps its rates."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "kfac_xp" / "rates.json"
+def rates_of_kind(kind: str) -> Rates:
+    """The same for a kind of device, as `device_kind` names it."""
+    return measurements.store.derived(kind, _kept_rates) or (
+        DEFAULT if kind == HOST else DEFAULT_GPU
+    )
 
 
-def _write(rates: Rates) -> None:
+def rates_as_json(rates: Rates) -> dict[str, Any]:
+    """Rates as they are kept in a record."""
+    return asdict(rates)
+
+
+def _kept_rates(record: Record) -> Rates | None:
+    """The rates of a record, or None if there are none that can be understood."""
     try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(rates), indent=1))
-    except (OSError, RuntimeError):  # read-only, or no home
-        return
-
-
-def _read() -> Rates | None:
-    """The rates kept, or None if there are none that can be understood."""
-    try:
-        kept = json.loads(cache_file().read_text())
+        kept: Mapping[str, Any] = record["rates"]
         rates = Rates(
             str(kept["measured"]),
             tuple(map(float, kept["products"])),
             tuple(map(float, kept["symmetric"])),
             float(kept["bytes_per_second"]),
             float(kept["seconds_per_call"]),
+            bool(kept["is_gpu"]),
+            tuple((str(name), float(a), float(b)) for name, a, b in kept["corrections"]),
         )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
     values = (*rates.products, *rates.symmetric, rates.bytes_per_second, rates.seconds_per_call)
     complete = len(rates.products) == len(rates.symmetric) == len(SIZES)
-    return rates if complete and all(v > 0 and math.isfinite(v) for v in values) else None
+    corrections = [x for _, *pair in rates.corrections for x in pair]
+    sound = all(0 < v < math.inf for v in values) and all(0 <= x < math.inf for x in corrections)
+    return rates if complete and sound else None
 
 
 def _interpolated(rates: tuple[float, ...], size: float) -> float:
@@ -167,14 +157,3 @@ def _interpolated(rates: tuple[float, ...], size: float) -> float:
         return rates[-1]
     part = math.log(size / SIZES[i - 1]) / math.log(SIZES[i] / SIZES[i - 1])
     return rates[i - 1] * (rates[i] / rates[i - 1]) ** part
-
-
-def _seconds(function: Callable[..., object], *arrays: np.ndarray) -> float:
-    """Median of a few runs, after one that is thrown away."""
-    function(*arrays)
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        function(*arrays)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
