@@ -4,6 +4,7 @@ from kfac_xp import _source_tree  # noqa: F401  (first: it makes kfac_xp.kernels
 from kfac_xp.averages import AccumulatorVariable, MovingAverage, MovingAverageVariable
 from kfac_xp.backend import explain, use_backend
 from kfac_xp.calibration import calibrate
+from kfac_xp.configuration import config, show_config
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import (
     LevenbergMarquardt,
@@ -131,6 +132,7 @@ __all__ = [
     "append_homog",
     "calibrate",
     "compute_cov",
+    "config",
     "conv_squared_outer",
     "explain",
     "extract_convolution_patches",
@@ -144,6 +146,7 @@ __all__ = [
     "patch_covariance",
     "posdef_eig",
     "posdef_inv",
+    "show_config",
     "squared_outer",
     "use_backend",
     # operators, damping, averages, parameters

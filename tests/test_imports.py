@@ -22,7 +22,7 @@ ORDER = [
     ["ops", "operators", "distributed", "randomness"],
     ["patch_covariance", "damping", "representations"],
     ["calibration"],
-    ["config"],
+    ["configuration"],
     ["moments"],
     ["fisher_factors", "loss_functions"],
     ["fisher_blocks"],
