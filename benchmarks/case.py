@@ -52,6 +52,8 @@ class Implementation:
         Makes the program; called in a process of its own, where it imports its library.
     time_factor
         Times are multiplied by it: for a floor that runs fewer or more flops than it stands for.
+    amount, unit
+        What a call does, where its rate is of interest: bytes with "B/s", flops with "flop/s".
     note
         What is in the time and what is not, where that is not obvious.
     """
@@ -61,6 +63,8 @@ class Implementation:
     build: Callable[[], Program]
     time_factor: float = 1.0
     note: str = ""
+    amount: float = 0.0
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,24 @@ class Target:
     The time of the fastest implementation in `against`, divided by ours, must be `at_least` so much
     in each case, and have a `median` of so much over the cases of the group that share it. (Where
     a floor is compared with, "within twice" is "at least 0.5".) With `beyond`, an implementation
-    whose work both sides contain, its time is taken off both first.
+    whose work both sides contain, its time is taken off both first. With `slowest`, the slowest of
+    `against` counts: of several lower bounds, the one that binds.
     """
 
     against: tuple[str, ...]
     at_least: float | None = None
     median: float | None = None
     beyond: str | None = None
+    slowest: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryTarget:
+    """What part of another implementation's workspace ours may take, both beyond the result."""
+
+    against: str
+    at_most: float
+    result_bytes: int
 
 
 @dataclass(frozen=True)
@@ -88,11 +103,13 @@ class Case:
     name
         ``"group/what/size"``. Cases of one group share targets by their median.
     implementations
-        The first is ours.
+        The first is ours, unless nothing of ours is measured.
     targets
         Empty if the case is only reported.
     memory_limit
         Bytes by which the process may grow in a call of ours: workspace and result.
+    memory_targets
+        The same beside others.
     tolerance
         Largest difference from our result, relative to its largest entry.
     """
@@ -101,6 +118,7 @@ class Case:
     implementations: tuple[Implementation, ...]
     targets: tuple[Target, ...] = ()
     memory_limit: int | None = None
+    memory_targets: tuple[MemoryTarget, ...] = ()
     tolerance: float = 1e-4
     is_quick: bool = False
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.case import OURS, Case, Target
+from benchmarks.case import OURS, Case, MemoryTarget, Target
 from benchmarks.timing import Measurement, quartiles, ratios
 
 Results = Mapping[str, Measurement]
@@ -38,7 +38,7 @@ class Verdict:
 
 def verdicts(case: Case, results: Results) -> list[Verdict]:
     """One for each target of the case."""
-    ours = results[OURS]
+    ours = results.get(OURS)
     found = []
     for target in case.targets:
         measured = [
@@ -46,10 +46,10 @@ def verdicts(case: Case, results: Results) -> list[Verdict]:
             for name in target.against
             if name in results and results[name].turns and not results[name].skipped
         ]
-        if not measured or ours.skipped or not ours.turns:
+        if not measured or ours is None or ours.skipped or not ours.turns:
             found.append(Verdict(target, ""))
             continue
-        best = min(measured, key=lambda m: m.seconds)
+        best = (max if target.slowest else min)(measured, key=lambda m: m.seconds)
         missing = tuple(set(target.against) - {m.implementation.name for m in measured})
         beyond = results[target.beyond] if target.beyond else None
         if beyond is not None and not beyond.turns:
@@ -77,6 +77,9 @@ def case_lines(case: Case, results: Results, verdicts: Iterable[Verdict]) -> Ite
     """One line for the case, and one for each implementation."""
     yield f"| **{case.name}** | | | | | {'' if case.targets else 'only reported'} |"
     words: dict[str, list[str]] = {}
+    ours = results.get(OURS)
+    for memory_target in case.memory_targets:
+        words.setdefault(memory_target.against, []).append(workspace_words(memory_target, results))
     for v in verdicts:
         words.setdefault(v.against or v.target.against[0], []).append(verdict_words(v))
     for name, m in results.items():
@@ -87,13 +90,15 @@ def case_lines(case: Case, results: Results, verdicts: Iterable[Verdict]) -> Ite
             yield f"| {name} | left out: {reason} | | | | {'; '.join(words.get(name, []))} |"
             continue
         ratio = ""
-        if results[OURS].turns and name != OURS:
-            ratio = f"{quartiles(ratios(results[OURS], m))[1]:.2f}"
+        if ours is not None and ours.turns and m.turns and name != OURS:
+            ratio = f"{quartiles(ratios(ours, m))[1]:.2f}"
         memory = "" if m.memory is None else f"{m.memory / MEGABYTE:.0f}"
         if name == OURS and case.memory_limit is not None and m.memory is not None:
             words.setdefault(name, []).append(memory_words(case, m.memory))
         error = "" if m.error is None else f"{m.error:.0e}"
         label = f"{name} ({m.note})" if m.note else name
+        if m.implementation.unit:
+            label += f": {m.implementation.amount / m.seconds:.3g} {m.implementation.unit}"
         cells = (label, milliseconds(m), ratio, memory, error, "; ".join(words.get(name, [])))
         yield f"| {' | '.join(cells)} |"
 
@@ -122,6 +127,24 @@ def memory_words(case: Case, memory: int) -> str:
     assert case.memory_limit is not None
     state = "met" if memory <= case.memory_limit else "MISSED"
     return f"at most {case.memory_limit / MEGABYTE:.0f} MB: {state}"
+
+
+def workspace_share(target: MemoryTarget, results: Results) -> float | None:
+    """Our workspace as a part of theirs; None where one was not measured, or theirs is nothing."""
+    ours, theirs = results.get(OURS), results.get(target.against)
+    if ours is None or theirs is None or ours.memory is None or theirs.memory is None:
+        return None
+    beyond = theirs.memory - target.result_bytes
+    return max(0, ours.memory - target.result_bytes) / beyond if beyond > 0 else None
+
+
+def workspace_words(target: MemoryTarget, results: Results) -> str:
+    """A target for workspace in words."""
+    share = workspace_share(target, results)
+    wanted = f"at most {target.at_most:g} of its workspace"
+    if share is None:
+        return f"{wanted}: not measured"
+    return f"{wanted}: {'met' if share <= target.at_most else 'MISSED'} ({share:.2f})"
 
 
 def median_lines(measured: Iterable[tuple[Case, list[Verdict]]]) -> Iterator[str]:
@@ -178,6 +201,8 @@ def as_json(case: Case, results: Results, verdicts: Iterable[Verdict]) -> dict[s
                 "relative_error": m.error,
                 "extra_memory": m.memory,
                 "seconds": {str(i): t for i, t in m.turns.items()},
+                "amount": m.implementation.amount or None,
+                "unit": m.implementation.unit,
             }
             for name, m in results.items()
         },
@@ -192,5 +217,14 @@ def as_json(case: Case, results: Results, verdicts: Iterable[Verdict]) -> dict[s
                 "not_measured": v.missing,
             }
             for v in verdicts
+        ],
+        "workspace_targets": [
+            {
+                "against": t.against,
+                "at_most": t.at_most,
+                "result_bytes": t.result_bytes,
+                "share": workspace_share(t, results),
+            }
+            for t in case.memory_targets
         ],
     }

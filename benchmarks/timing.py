@@ -5,17 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from benchmarks.case import OURS, Arrays, Case, Implementation
 from benchmarks.worker import serve
 
-PAUSE = 0.05  # between turns, in seconds: threads of the last library spin for a while after work
-TURN = 0.05  # a turn has so many calls that it takes about as long, in seconds
 MAX_CALLS = 50
 SLOW_CALL = 0.5  # seconds from which the call before the timed ones is left out
 
@@ -29,14 +27,37 @@ class Effort:
     seconds: float
     limit: float
     """Seconds after which building, or a first call, is given up."""
+    pause: float = 0.05
+    """Seconds between turns: threads of the last library spin for a while after work."""
+    turn: float = 0.05
+    """Seconds that a turn takes, about: it has as many calls as fill them."""
 
 
 FULL = Effort(min_rounds=3, max_rounds=15, seconds=6.0, limit=60.0)
 QUICK = Effort(min_rounds=2, max_rounds=3, seconds=0.5, limit=20.0)
+GPU = Effort(min_rounds=5, max_rounds=11, seconds=0.8, limit=60.0, pause=0.0)
+GPU_QUICK = Effort(min_rounds=2, max_rounds=3, seconds=0.2, limit=20.0, pause=0.0, turn=0.01)
 
 
 class GivenUpError(Exception):
     """An implementation failed, or took too long; the words say which."""
+
+
+class Runs(Protocol):
+    """Whatever runs one implementation of a case when it is told to: see `benchmarks.worker`."""
+
+    def wait(self, what: str) -> Any:
+        """The answer to the last request."""
+
+    def ask(self, *message: Any) -> Any:
+        """Send a command and wait for its answer."""
+
+    def stop(self) -> None:
+        """Let go of everything."""
+
+
+Start = Callable[[Case, Implementation, float], Runs]
+"""Case, implementation, limit in seconds -> what runs it."""
 
 
 class Worker:
@@ -104,17 +125,18 @@ def measure(
     effort: Effort,
     *,
     memory_of: tuple[str, ...],
+    start: Start = Worker,
 ) -> dict[str, Measurement]:
     """Check, time and weigh the implementations of a case: ``{name: why it is left out or ""}``."""
     results = {
         name: Measurement(i := case.implementation(name), note=i.note, skipped=reason)
         for name, reason in implementations.items()
     }
-    workers = {}
+    workers: dict[str, Runs] = {}
     try:
         for name, result in results.items():
             if not result.skipped:
-                workers[name] = Worker(case, result.implementation, effort.limit)
+                workers[name] = start(case, result.implementation, effort.limit)
         first_calls = _check(case, workers, results)
         _take_turns(workers, results, first_calls, effort)
     finally:
@@ -122,12 +144,12 @@ def measure(
             worker.stop()
     for name, result in results.items():
         if name in memory_of and not result.skipped:
-            result.memory = _memory(case, result.implementation, effort.limit)
+            result.memory = _memory(start, case, result.implementation, effort.limit)
     return results
 
 
 def _check(
-    case: Case, workers: dict[str, Worker], results: dict[str, Measurement]
+    case: Case, workers: dict[str, Runs], results: dict[str, Measurement]
 ) -> dict[str, float]:
     """Compare what the implementations compute; seconds of their first calls."""
     ours: Arrays = {}
@@ -168,7 +190,7 @@ def largest_error(arrays: Arrays, expected: Arrays) -> float:
 
 
 def _take_turns(
-    workers: dict[str, Worker],
+    workers: dict[str, Runs],
     results: dict[str, Measurement],
     first_calls: dict[str, float],
     effort: Effort,
@@ -177,12 +199,12 @@ def _take_turns(
     spent = dict.fromkeys(workers, 0.0)
     for i in range(effort.max_rounds):
         for name in list(workers):
-            calls = min(MAX_CALLS, max(1, round(TURN / max(per_call[name], 1e-7))))
+            calls = min(MAX_CALLS, max(1, round(effort.turn / max(per_call[name], 1e-7))))
             untimed = int(per_call[name] < SLOW_CALL)
             cost = (calls + untimed) * per_call[name]
             if i >= effort.min_rounds and spent[name] + cost > effort.seconds:
                 continue
-            time.sleep(PAUSE)
+            time.sleep(effort.pause)
             try:
                 times = workers[name].ask("time", calls, untimed)
             except GivenUpError as reason:
@@ -195,8 +217,8 @@ def _take_turns(
             results[name].turns[i] = per_call[name] * factor
 
 
-def _memory(case: Case, implementation: Implementation, limit: float) -> int | None:
-    worker = Worker(case, implementation, limit)
+def _memory(start: Start, case: Case, implementation: Implementation, limit: float) -> int | None:
+    worker = start(case, implementation, limit)
     try:
         worker.wait("building")
         return worker.ask("memory")

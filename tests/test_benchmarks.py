@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 
 from benchmarks import report, run, timing, worker
-from benchmarks.case import OURS, Case, Implementation, Program, Target
+from benchmarks.case import OURS, Case, Implementation, MemoryTarget, Program, Target
 from benchmarks.cases import all_cases, matching
 from benchmarks.cases.covariance import REPORTED_BELOW, Problem
 from benchmarks.cases.inverses import resnet50_layers
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import kernels, networks
+from benchmarks.gpu.device import CupyDevice, Device, TorchDevice
+from benchmarks.gpu.worker import start_on
 from benchmarks.peers import PEERS
+from kfac_xp import geometry
 
 ROOT = Path(__file__).parent.parent
 TINY = "conv_diagonal/3x3 N64 T64 C64 O64"
@@ -218,3 +223,181 @@ def test_verdicts_compare_round_by_round_with_the_fastest():
     medians = "\n".join(report.median_lines([(case, found)]))
     assert "| a | slow | 9.00, 9.00 | median 9 | median met |" in medians
     assert "| a | absent | not measured |" in medians
+
+
+def test_of_several_bounds_the_slowest_binds():
+    results = measured(kfac_xp=[3.0] * 3, copy=[2.0] * 3, product=[0.5] * 3)
+    targets = (
+        Target(("copy", "product"), at_least=1 / 1.5, slowest=True),
+        Target(("copy", "product"), at_least=1 / 1.5),
+    )
+    found = report.verdicts(Case("a/case", (), targets), results)
+    assert [v.against for v in found] == ["copy", "product"]
+    assert [v.is_met for v in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (30, 90, "MISSED (0.25)"),  # 20 of 80 beyond the result
+        (18, 90, "met (0.10)"),
+        (30, None, "not measured"),
+        (30, 10, "not measured"),  # nothing beyond the result
+    ],
+)
+def test_workspaces_are_compared_beyond_the_result(ours, theirs, words):
+    results = measured(kfac_xp=[1.0], other=[1.0])
+    results[OURS].memory, results["other"].memory = ours, theirs
+    target = MemoryTarget("other", 0.2, result_bytes=10)
+    case = Case("a/case", (), memory_targets=(target,))
+    table = "\n".join(report.case_lines(case, results, []))
+    assert f"at most 0.2 of its workspace: {words}" in table
+    share = report.as_json(case, results, [])["workspace_targets"][0]["share"]
+    assert (share is None) == (words == "not measured")
+
+
+def test_rates_are_amounts_over_times():
+    copy = Implementation("copy", "numpy", lambda: None, amount=6.0, unit="B/s")
+    results = {"copy": timing.Measurement(copy, turns={0: 2.0, 1: 2.0})}
+    assert "copy: 3 B/s" in "\n".join(report.case_lines(Case("a/case", (copy,)), results, []))
+
+
+# ---------------------------------------------------------------------------------------------
+# The cases of a GPU, on the host
+
+
+def test_every_case_of_a_gpu_has_targets_against_what_it_measures():
+    found = list(gpu_cases.all_cases(CupyDevice()))
+    assert len({case.name for case in found}) == len(found)
+    for case in found:
+        names = [i.name for i in case.implementations]
+        assert len(set(names)) == len(names)
+        assert (names[0] == OURS) == (not case.name.startswith("ceilings"))
+        for target in (*case.targets, *case.memory_targets):
+            against = target.against if isinstance(target, Target) else (target.against,)
+            assert set(against) <= set(names)
+    targets = {case.name.split("/")[0] for case in found if case.targets}
+    assert targets == {"covariance", "conv_diagonal", "kernels", "inverses", "statistics"}
+    assert all(case.memory_targets for case in found if case.name.startswith("covariance"))
+    bounds = [case.memory_limit for case in found if "T64 C64 O64" in case.name]
+    assert len(bounds) == 2, "two numbers of cases"
+    assert bounds[0] == bounds[1], "and one bound on memory"
+
+
+def on_host(pattern):
+    """Measurements of NumPy's stand-in, in this process."""
+    device = Device()
+    effort = timing.Effort(1, 1, 0.0, 60.0, pause=0.0, turn=0.0)
+    for case in gpu_cases.matching(device, pattern):
+        names = {i.name: "" for i in case.implementations if i.peer != "torch"}
+        yield (
+            case,
+            timing.measure(case, names, effort, memory_of=tuple(names), start=start_on(device)),
+        )
+
+
+def test_programs_of_a_gpu_run_on_numpy():
+    found = list(on_host("kernels/*")) + list(on_host("covariance/*"))
+    for case, results in found:
+        for name, m in results.items():
+            assert not m.skipped, (case.name, name, m.skipped)
+            assert m.memory >= 0
+            assert m.seconds > 0
+    (covariance,) = (results for case, results in found if case.name.startswith("covariance"))
+    assert all(covariance[f"{OURS}: {method}"].error < 1e-5 for method in ("offsets", "spectral"))
+    assert covariance[OURS].memory > 4 * 36**2, "at least the result"
+    lines = list(kernels.crossover_lines(found))
+    assert len(lines) == 2 + len(found) - 1
+    assert any("| squared_outer | N4 T4 D16 C16 |" in line for line in lines)
+    assert all("times | " in line for line in lines[2:])
+
+
+def test_whoever_fails_on_a_device_is_left_out():
+    def fail():
+        raise MemoryError("too\nlarge")
+
+    case = Case(
+        "a/case",
+        tuple(
+            Implementation(name, "numpy", build)
+            for name, build in ((OURS, lambda: Program(lambda: 1)), ("x", fail))
+        ),
+    )
+    effort = timing.Effort(1, 1, 0.0, 60.0, pause=0.0, turn=0.0)
+    results = timing.measure(
+        case, {OURS: "", "x": ""}, effort, memory_of=(), start=start_on(Device())
+    )
+    assert results["x"].skipped == "MemoryError: too large"
+    assert results[OURS].turns
+
+
+def test_the_whole_run_of_a_gpu_on_torch(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    found, table = tmp_path / "found.json", tmp_path / "table.md"
+    options = ["--gpu", "--namespace", "torch", "--quick", "--seconds", "0"]
+    options += ["--json", str(found), "--markdown", str(table)]
+    monkeypatch.setattr(sys, "argv", ["run", *options])
+    args = run.parsed()
+    run.run(run.gpu_session(args), args)  # without the limit on threads of `run.main`
+    printed = capsys.readouterr().out
+    assert printed.strip() == table.read_text().strip()
+    assert "no GPU" in printed
+    cases = {case["case"]: case for case in json.loads(found.read_text())["cases"]}
+    assert set(cases) == {case.name for case in gpu_cases.all_cases(TorchDevice())}
+    for case in cases.values():
+        for name, m in case["implementations"].items():
+            assert bool(m["skipped"]) == (name == kernels.KERNEL), m["skipped"]
+
+
+def test_without_a_gpu_the_run_says_so(monkeypatch):
+    if not CupyDevice().why_unusable():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(sys, "argv", ["run", "--gpu"])
+    with pytest.raises(SystemExit, match=r"CuPy.*`--namespace numpy` checks the programs"):
+        run.main()
+
+
+def test_the_network_is_a_resnet_50():
+    layers = networks.ResNet().layers()
+    shapes = [
+        (layer.k**2 * layer.c_in, layer.c_out)
+        if isinstance(layer, networks.Conv)
+        else (layer.d_in + 1, layer.d_out)
+        for layer in layers
+    ]
+    assert sorted(shapes) == sorted(resnet50_layers())
+
+
+def test_the_modules_have_the_layers_that_are_registered():
+    """Names, parameters, and what each convolution is given and gives."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    network = networks.ResNet(blocks=(2, 1), width=4, h=35, classes=5)
+    module = network.module()
+    seen = {}
+    convolutions = {
+        name.rpartition(".")[2]: m
+        for name, m in module.named_modules()
+        if isinstance(m, torch.nn.Conv2d)
+    }
+    for name, m in convolutions.items():
+        m.register_forward_hook(
+            lambda m, x, y, name=name: seen.update({name: (tuple(x[0].shape), tuple(y.shape))})
+        )
+    module(torch.zeros(2, 3, 35, 35))
+    layers = [layer for layer in network.layers() if isinstance(layer, networks.Conv)]
+    assert set(seen) == {layer.name for layer in layers}
+    for layer in layers:
+        assert seen[layer.name] == (
+            (2, layer.c_in, layer.h, layer.h),
+            (2, layer.c_out, layer.h_out, layer.h_out),
+        )
+        pads = ((layer.k // 2,) * 2,) * 2
+        ours = geometry.ConvGeometry.create((layer.k,) * 2, (layer.stride,) * 2, pads)
+        assert ours.output_shape((layer.h,) * 2) == (layer.h_out,) * 2
+        assert tuple(convolutions[layer.name].weight.shape[2:]) == (layer.k,) * 2
+    assert (module.fc.in_features, module.fc.out_features) == (32, 5)
+    transformer = networks.Transformer(depth=2, d=8, heads=2, sequence=3)
+    linear = [m for m in transformer.module().modules() if isinstance(m, torch.nn.Linear)]
+    shapes = [(m.in_features, m.out_features) for m in linear]
+    assert shapes == [(layer.d_in, layer.d_out) for layer in transformer.layers()]
+    assert transformer.module()(torch.zeros(2, 3, 8)).shape == (2, 3, 8)

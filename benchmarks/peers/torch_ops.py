@@ -13,16 +13,28 @@ from kfac_xp import ConvGeometry
 
 
 def start() -> Any:
-    """PyTorch, with as many threads as the others have."""
+    """PyTorch, with as many threads as the others have, and products of float32 in float32."""
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch
 
 
-def channels_first(images: np.ndarray) -> Any:
-    """A contiguous tensor [N, C, H, W] of images [N, H, W, C]."""
-    return start().from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+def as_tensor(x: Any) -> Any:
+    """A tensor on the memory of a NumPy array; a tensor as it is."""
+    return start().from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The values of a tensor."""
+    return x.detach().cpu().numpy()
+
+
+def channels_first(images: Any) -> Any:
+    """A contiguous tensor [N, C, H, W] of images [N, H, W, C], NumPy's or PyTorch's."""
+    return as_tensor(images).movedim(-1, 1).contiguous()
 
 
 def unfolding(geometry: ConvGeometry, space: tuple[int, ...]) -> Callable[[Any], Any]:
@@ -48,7 +60,7 @@ def taps_first(dimension: int, num_taps: int) -> np.ndarray:
     return np.concatenate([order, np.arange(full, dimension)])
 
 
-def covariance(images: np.ndarray, geometry: ConvGeometry) -> Program:
+def covariance(images: Any, geometry: ConvGeometry) -> Program:
     """Unfold, one row per location, and ``rows.T @ rows / len(rows)``."""
     x = channels_first(images)
     unfold = unfolding(geometry, images.shape[1:-1])
@@ -59,10 +71,10 @@ def covariance(images: np.ndarray, geometry: ConvGeometry) -> Program:
         return (rows.t() @ rows) / rows.shape[0]
 
     order = taps_first(geometry.num_taps * images.shape[-1], geometry.num_taps)
-    return Program(call, lambda cov: {"cov": cov.numpy()[np.ix_(order, order)]})
+    return Program(call, lambda cov: {"cov": on_host(cov)[np.ix_(order, order)]})
 
 
-def conv_squared_outer(images: np.ndarray, grads: np.ndarray, geometry: ConvGeometry) -> Program:
+def conv_squared_outer(images: Any, grads: Any, geometry: ConvGeometry) -> Program:
     """Gradients of all cases by an einsum over unfolded patches, their squares summed."""
     torch = start()
     x, ds = channels_first(images), channels_first(grads).flatten(2)
@@ -73,16 +85,16 @@ def conv_squared_outer(images: np.ndarray, grads: np.ndarray, geometry: ConvGeom
         return (case_grads**2).sum(0)
 
     order = taps_first(geometry.num_taps * images.shape[-1], geometry.num_taps)
-    return Program(call, lambda out: {"diagonal": out.numpy()[order]})
+    return Program(call, lambda out: {"diagonal": on_host(out)[order]})
 
 
-def cholesky_inverses(matrices: list[np.ndarray]) -> Program:
+def cholesky_inverses(matrices: list[Any]) -> Program:
     """``cholesky`` and ``cholesky_inverse``, one matrix after the other."""
     torch = start()
     from benchmarks.cases.inverses import probed
 
-    tensors = [torch.from_numpy(x) for x in matrices]
+    tensors = [as_tensor(x) for x in matrices]
     return Program(
         lambda: [torch.cholesky_inverse(torch.linalg.cholesky(x)) for x in tensors],
-        lambda inverses: probed([x.numpy() for x in inverses]),
+        lambda inverses: probed([on_host(x) for x in inverses]),
     )

@@ -1,0 +1,1 @@
+"""Benchmarks on one device, in one process: ``python -m benchmarks.run --gpu``."""
