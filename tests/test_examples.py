@@ -1,6 +1,7 @@
 """The examples run, and the hand-written network beside them is right."""
 
 import gzip
+import importlib
 import importlib.util
 import math
 import os
@@ -32,6 +33,11 @@ def imported(name):
 @pytest.fixture(scope="module")
 def convnet():
     yield from imported("convnet")
+
+
+@pytest.fixture(scope="module")
+def digits(convnet):
+    yield from imported("digits_convnet")
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +127,8 @@ def test_digits(tmp_path):
     assert accuracy >= 97
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_digits_arguments(tmp_path, library):
-    pytest.importorskip(library, reason=f"{library} is not installed")
+def test_digits_arguments(tmp_path):
+    library = "numpy" if importlib.util.find_spec("torch") is None else "torch"
     done = run_example(
         tmp_path,
         *("--namespace", library, "--optimizers", "kfac", "--epochs", "2"),
@@ -131,6 +136,29 @@ def test_digits_arguments(tmp_path, library):
     )
     assert (tmp_path / "other.png").exists()
     assert "K-FAC" in done.stdout
+
+
+@pytest.mark.parametrize("library", ["torch", pytest.param("cupy", marks=pytest.mark.gpu)])
+def test_digits_trains_alike_on_every_library(digits, library):
+    """From the same draws: two epochs later losses differ by rounding in float32, about 1e-6."""
+    module = pytest.importorskip(library, reason=f"{library} is not installed")
+    if library == "cupy" and not module.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    curves = [
+        [
+            digits.train(name, digits.CHOSEN[name], data, 2, 0, digits.tqdm(disable=True))
+            for name in digits.OPTIMIZERS
+        ]
+        for data in map(
+            digits.Digits.load,
+            (importlib.import_module(f"array_api_compat.{x}") for x in ("numpy", library)),
+        )
+    ]
+    for own, other in zip(*curves, strict=True):
+        assert_close(other.losses[:1], own.losses[:1], 1e-6)
+        assert_close(other.losses, own.losses, 1e-4)
+        assert_close(other.accuracies, own.accuracies, 0.01)
+        assert own.losses[-1] < own.losses[0] / 1.5
 
 
 def test_poisson(tmp_path):
