@@ -117,6 +117,13 @@ def test_a_card_has_rates_of_its_own(card):
     assert rates_of_kind(HOST) is DEFAULT
 
 
+def test_without_a_measurement_small_problems_on_a_card_are_left_to_patches(card):
+    """There every method takes what its calls take."""
+    assert "patch_covariance: chunked" in explain(patch_covariance, IMAGES, FILTER)
+    large = np.empty((256, 56, 56, 64), dtype=np.float32)
+    assert "chunked" not in explain(patch_covariance, large, FILTER).partition(",")[0]
+
+
 def test_a_stack_of_products_is_one_call_on_a_card():
     for rates_used, calls in ((DEFAULT, 10), (DEFAULT_GPU, 1)):
         work = rates_used.product(4, 4, 4, 10) - calls * rates_used.seconds_per_call
