@@ -66,6 +66,14 @@ def _average(d: int) -> Example:
     return Example(f"{d}x{d}", lambda draw: (draw(d, d), draw(d, d), 0.95, 0.05))
 
 
+def _triangle(d: int) -> Example:
+    return Example(f"{d}x{d}", lambda draw: (draw(d * (d + 1) // 2),))
+
+
+def _square(d: int) -> Example:
+    return Example(f"{d}x{d}", lambda draw: (draw(d, d),))
+
+
 def _blocks(c: int) -> Example:
     def arguments(draw: Draw) -> tuple[Any, ...]:
         lattice = lattice_of(_FILTER, (8, 8))
@@ -82,6 +90,9 @@ def _blocks(c: int) -> Example:
 
     return Example(f"3x3 C{c}", arguments)
 
+
+# Kronecker factors of small and large layers.
+_SIZES = (16, 64, 256, 1024, 4096)
 
 EXAMPLES: Mapping[str, Sequence[Example]] = {
     "extract_patches": [
@@ -108,7 +119,9 @@ EXAMPLES: Mapping[str, Sequence[Example]] = {
         _conv(64, 8, 16, 16),
         _conv(4, 4, 3, 5),
     ],
-    "averaged": [_average(d) for d in (16, 64, 256, 1024, 4096)],
+    "averaged": [_average(d) for d in _SIZES],
     "correlation_blocks": [_blocks(c) for c in (3, 16, 64, 256, 512)],
+    "pack_symmetric": [_square(d) for d in _SIZES],
+    "unpack_symmetric": [_triangle(d) for d in _SIZES],
 }
 """``{op: examples}``. An op with a CUDA kernel has some, or the kernel is never measured."""
