@@ -366,6 +366,13 @@ def test_the_network_is_a_resnet_50():
         for layer in layers
     ]
     assert sorted(shapes) == sorted(resnet50_layers())
+    filters = [(layer.h, layer.c_in) for layer in layers[1:-1] if layer.k == 3]
+    assert filters == [
+        *[(56, 64)] * 3,
+        *[(56, 128), *[(28, 128)] * 3],
+        *[(28, 256), *[(14, 256)] * 5],
+        *[(14, 512), *[(7, 512)] * 2],
+    ]
 
 
 def test_the_modules_have_the_layers_that_are_registered():
