@@ -119,8 +119,8 @@ def _gpus() -> dict[str, Any]:
         "Numba's kernels": why_no_cuda() or "can be launched",
     }
     for index in range(runtime.getDeviceCount()):
-        device = cupy.cuda.Device(index)
-        capability = ".".join(device.compute_capability)
+        capability = cupy.cuda.Device(index).compute_capability  # "90" or "120"
+        capability = f"{capability[:-1]}.{capability[-1]}"
         memory = runtime.getDeviceProperties(index)["totalGlobalMem"] / 2**30
         found[f"device {index}"] = (
             f"{gpu_model(index)}, compute capability {capability}, {memory:.1f} GiB"

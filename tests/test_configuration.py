@@ -78,7 +78,8 @@ def test_two_cards(nothing_measured, monkeypatch):
         getDeviceProperties=lambda index: {"name": b"Card", "totalGlobalMem": 3 * 2**29},
     )
     cuda = SimpleNamespace(
-        runtime=runtime, Device=lambda index: SimpleNamespace(compute_capability="90")
+        runtime=runtime,
+        Device=lambda index: SimpleNamespace(compute_capability=("90", "120")[index]),
     )
     monkeypatch.setattr(module, "usable_cupy", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(module, "gpu_model", lambda index: "Card")
@@ -89,7 +90,7 @@ def test_two_cards(nothing_measured, monkeypatch):
         "CUDA of CuPy": "12.9",
         "Numba's kernels": "can be launched",
         "device 0": "Card, compute capability 9.0, 1.5 GiB",
-        "device 1": "Card, compute capability 9.0, 1.5 GiB",
+        "device 1": "Card, compute capability 12.0, 1.5 GiB",
     }
     assert list(found["rates"]) == [HOST, "Card"]
 
