@@ -7,6 +7,7 @@ import sys
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from benchmarks.cases.covariance import REPORTED_BELOW, Problem
 from benchmarks.cases.inverses import resnet50_layers
 from benchmarks.gpu import cases as gpu_cases
 from benchmarks.gpu import kernels, networks
-from benchmarks.gpu.device import CupyDevice, Device, TorchDevice
+from benchmarks.gpu.device import CupyDevice, Device, TorchDevice, high_water
 from benchmarks.gpu.worker import start_on
 from benchmarks.peers import PEERS
 from kfac_xp import geometry
@@ -355,6 +356,36 @@ def test_without_a_gpu_the_run_says_so(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "--gpu"])
     with pytest.raises(SystemExit, match=r"CuPy.*`--namespace numpy` checks the programs"):
         run.main()
+
+
+def test_the_high_water_mark_of_a_pool():
+    """Beyond what was in use before; memory of before may be freed, an allocation may fail."""
+    hook = high_water(SimpleNamespace(cuda=SimpleNamespace(MemoryHook=object)))
+    hook.free_postprocess(device_id=0, mem_size=512, mem_ptr=1, pmem_id=1)
+    for size, pointer in ((1024, 2), (2048, 3), (2**40, 0)):
+        hook.malloc_postprocess(device_id=0, size=1, mem_size=size, mem_ptr=pointer, pmem_id=1)
+    hook.free_postprocess(device_id=0, mem_size=2048, mem_ptr=3, pmem_id=1)
+    hook.malloc_postprocess(device_id=0, size=1, mem_size=512, mem_ptr=4, pmem_id=1)
+    assert hook.peak == 1024 + 2048 - 512
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured():
+    device = CupyDevice()
+    if why := device.why_unusable():
+        pytest.skip(why)
+    x = device.draw(1000, 256)
+    assert device.draw(1000, 256) is x
+    assert device.peak_bytes(lambda: x + 1) == 4 * 1000 * 256
+    assert device.peak_bytes(lambda: (x + 1) + 1) == 2 * 4 * 1000 * 256
+    assert device.seconds(lambda: x + 1, 3) > 0
+    assert device.description()
+    if not device.why_without_torch():
+        tensor = device.as_torch(x)
+        assert tensor.is_cuda
+        assert tensor.data_ptr() == x.data.ptr
+        assert device.peak_bytes(lambda: tensor + 1) == 4 * 1000 * 256
+    device.forget()
 
 
 def test_the_network_is_a_resnet_50():

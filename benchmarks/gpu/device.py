@@ -186,7 +186,7 @@ class CupyDevice(Device):
         if torch is not None:
             torch.cuda.reset_peak_memory_stats()
             allocated = torch.cuda.memory_allocated()
-        with _high_water(self._cupy) as pool:
+        with high_water(self._cupy) as pool:
             result = call()
             self.wait()
         peak = pool.peak
@@ -196,7 +196,7 @@ class CupyDevice(Device):
         return peak
 
 
-def _high_water(cupy: Any) -> Any:
+def high_water(cupy: Any) -> Any:
     """A memory hook of CuPy, whose `peak` is how far the use of the pool rose above its start."""
 
     class HighWater(cupy.cuda.MemoryHook):
