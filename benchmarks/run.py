@@ -44,7 +44,7 @@ GPU_PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", 
 
 
 @dataclass(frozen=True)
-class Session:
+class Setup:
     """What a run on the host and one on a GPU differ in."""
 
     cases: list[Case]
@@ -70,10 +70,10 @@ def main() -> None:
     if not args.gpu or args.namespace != "cupy":
         # Only now: whatever is imported reads its number of threads from the environment.
         limit_threads(args.threads)
-    session = gpu_session(args) if args.gpu else host_session(args)
-    if not session.cases:
+    setup = gpu_setup(args) if args.gpu else host_setup(args)
+    if not setup.cases:
         sys.exit(f"no case matches {args.case!r}; `--list` shows all")
-    run(session, args)
+    run(setup, args)
 
 
 def listed(args: argparse.Namespace) -> list[Case]:
@@ -88,13 +88,13 @@ def listed(args: argparse.Namespace) -> list[Case]:
     return cases.matching(args.case)
 
 
-def host_session(args: argparse.Namespace) -> Session:
+def host_setup(args: argparse.Namespace) -> Setup:
     """Every implementation in a process of its own."""
     from benchmarks import report, timing
     from benchmarks.peers import ALWAYS, PEERS, why_absent
 
     chosen = asked_for(args, list(PEERS))
-    return Session(
+    return Setup(
         [c for c in listed(args) if c.is_quick or not args.quick],
         {p: why_absent(p) if p in chosen or p in ALWAYS else report.NOT_ASKED_FOR for p in PEERS},
         with_limits(timing.QUICK if args.quick else timing.FULL, args),
@@ -104,7 +104,7 @@ def host_session(args: argparse.Namespace) -> Session:
     )
 
 
-def gpu_session(args: argparse.Namespace) -> Session:
+def gpu_setup(args: argparse.Namespace) -> Setup:
     """All implementations in this process, which holds the device."""
     from benchmarks import report, timing
     from benchmarks.gpu import cases as gpu_cases
@@ -128,7 +128,7 @@ def gpu_session(args: argparse.Namespace) -> Session:
     reasons = {"kfac_xp": "", "torch": device.why_without_torch(), device.name: ""}
     if "torch" not in asked_for(args, ["torch"]) and device.name != "torch":
         reasons["torch"] = report.NOT_ASKED_FOR
-    return Session(
+    return Setup(
         [c for c in gpu_cases.matching(device, args.case) if c.is_quick or not args.quick],
         reasons,
         with_limits(timing.GPU_QUICK if args.quick else timing.GPU, args),
@@ -154,7 +154,7 @@ def with_limits(effort: Effort, args: argparse.Namespace) -> Effort:
     return dataclasses.replace(effort, **{k: v for k, v in given.items() if v is not None})
 
 
-def run(session: Session, args: argparse.Namespace) -> None:
+def run(setup: Setup, args: argparse.Namespace) -> None:
     """Measure every case; print and write what was found."""
     from benchmarks import report, timing
     from kfac_xp import __version__
@@ -165,20 +165,20 @@ def run(session: Session, args: argparse.Namespace) -> None:
         lines.append(line)
         print(line, flush=True)
 
-    setting = {"date": time.strftime("%Y-%m-%d"), "kfac_xp": __version__, **session.setting}
+    setting = {"date": time.strftime("%Y-%m-%d"), "kfac_xp": __version__, **setup.setting}
     words = (f"{name} {value}" for name, value in setting.items() if not isinstance(value, dict))
     say("; ".join(words) + "\n")
     say(report.table_head())
     judged, measured, records = [], [], []
-    for case in session.cases:
-        names = {i.name: session.reasons[i.peer] for i in case.implementations}
+    for case in setup.cases:
+        names = {i.name: setup.reasons[i.peer] for i in case.implementations}
         only_ours = tuple(name for name in names if name.startswith(report.OURS))
         results = timing.measure(
             case,
             names,
-            session.effort,
-            memory_of=tuple(names) if session.weighs_all else only_ours[:1],
-            start=session.start,
+            setup.effort,
+            memory_of=tuple(names) if setup.weighs_all else only_ours[:1],
+            start=setup.start,
         )
         verdicts = report.verdicts(case, results)
         for line in report.case_lines(case, results, verdicts):
@@ -186,12 +186,12 @@ def run(session: Session, args: argparse.Namespace) -> None:
         judged.append((case, verdicts))
         measured.append((case, results))
         records.append(report.as_json(case, results, verdicts))
-        session.after_case()
+        setup.after_case()
         if args.json:  # after every case: what is measured is kept whatever comes
             whole = {**setting, "cases": records}
             Path(args.json).write_text(json.dumps(whole, indent=1) + "\n")
     say("")
-    for line in (*report.median_lines(judged), "", *session.summary(measured)):
+    for line in (*report.median_lines(judged), "", *setup.summary(measured)):
         say(line)
     if args.markdown:
         Path(args.markdown).write_text("\n".join(lines).rstrip() + "\n")

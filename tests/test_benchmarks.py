@@ -339,7 +339,7 @@ def test_the_whole_run_of_a_gpu_on_torch(tmp_path, monkeypatch, capsys):
     options += ["--json", str(found), "--markdown", str(table)]
     monkeypatch.setattr(sys, "argv", ["run", *options])
     args = run.parsed()
-    run.run(run.gpu_session(args), args)  # without the limit on threads of `run.main`
+    run.run(run.gpu_setup(args), args)  # without the limit on threads of `run.main`
     printed = capsys.readouterr().out
     assert printed.strip() == table.read_text().strip()
     assert "no GPU" in printed
