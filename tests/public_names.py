@@ -17,7 +17,8 @@ WITHOUT_ARRAYS = {
     "SeriesFBApproximation": "an enumeration",
     "StepInfo": "made by the optimizer, where steps are watched",
     "batch_execute": "calls functions",
-    "calibrate": "measures NumPy on this machine",
+    "calibrate": "measures, and waits for what it measures",
+    "config": "words and numbers",
     "explain": "words about a choice",
     "flatten_state": "copies to the host, which is its purpose",
     "get_default_layer_collection": "one of a stack of collections",
@@ -26,6 +27,7 @@ WITHOUT_ARRAYS = {
     "num_conv_locations": "ints only",
     "save_state": "copies to the host, which is its purpose",
     "set_default_layer_collection": "one of a stack of collections",
+    "show_config": "prints words and numbers",
     "unflatten_state": "of what was copied to the host",
     "use_backend": "a context",
 }

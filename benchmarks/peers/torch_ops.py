@@ -18,7 +18,11 @@ def start() -> Any:
 
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # since 2.9
+        matmul.fp32_precision = cudnn.conv.fp32_precision = "ieee"
+    else:
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
     return torch
 
 
