@@ -2,12 +2,12 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kfac_xp import ConvGeometry
 from kfac_xp.geometry import require_channels_last
 from tests.cases import load
+from tests.generated import given, settings
+from tests.generated import strategies as st
 
 
 @pytest.mark.parametrize("case", load("patches"))

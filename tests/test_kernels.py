@@ -5,7 +5,6 @@ import threading
 import numba
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 import kfac_xp
 from kfac_xp import ConvGeometry
@@ -55,11 +54,12 @@ def test_float32_is_added_up_in_float32():
 
 def with_threads(monkeypatch, op, *arrays, **keywords):
     """The op's result on one thread, and on two and five however small the work."""
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="it is not installed")
     results = []
     monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1)
     for count in (1, 2, 5):
         monkeypatch.setattr(threads, "num_threads", lambda count=count: count)
-        with threadpool_limits(count):
+        with threadpoolctl.threadpool_limits(count):
             results.append(op(*arrays, **keywords))
     return results
 

@@ -7,8 +7,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kfac_xp import (
     ConvGeometry,
@@ -19,6 +17,8 @@ from kfac_xp import (
 )
 from tests import naive
 from tests.cases import to_numpy
+from tests.generated import given, settings
+from tests.generated import strategies as st
 
 RTOL = {"float32": 1e-5, "float64": 1e-13}
 

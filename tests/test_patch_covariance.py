@@ -5,8 +5,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kfac_xp
 from kfac_xp import ConvGeometry, patch_covariance, use_backend
@@ -17,6 +15,8 @@ from kfac_xp.patch_covariance.blocks import BlockLayout
 from kfac_xp.patch_covariance.spectral import spectral_correlations
 from tests import naive
 from tests.cases import to_numpy
+from tests.generated import given, settings
+from tests.generated import strategies as st
 
 METHODS = ["chunked", "offsets", "spectral"]
 RTOL = {"float32": 2e-6, "float64": 1e-13}
