@@ -102,7 +102,9 @@ from kfac_xp.ops import (
     extract_image_patches,
     extract_patches,
     extract_pointwise_conv2d_patches,
+    pack_symmetric,
     squared_outer,
+    unpack_symmetric,
 )
 from kfac_xp.optimizer import KfacOptimizer, PeriodicInvCovUpdateKfacOpt, StepInfo
 from kfac_xp.options import FactorOptions
@@ -143,11 +145,13 @@ __all__ = [
     "kronecker_product",
     "matmul_precision",
     "num_conv_locations",
+    "pack_symmetric",
     "patch_covariance",
     "posdef_eig",
     "posdef_inv",
     "show_config",
     "squared_outer",
+    "unpack_symmetric",
     "use_backend",
     # operators, damping, averages, parameters
     "AccumulatorVariable",

@@ -178,12 +178,13 @@ def cast(x: Array, dtype: Any) -> Array:
 
 
 _FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
+_FLOATS_AND_HALF = _FLOATS | {np.dtype(np.float16)}
 
 
-def is_one_float(*arrays: Array | None) -> bool:
-    """True if the arrays given, of NumPy or CuPy, are all float32 or all float64."""
+def is_one_float(*arrays: Array | None, half: bool = False) -> bool:
+    """True if the arrays given, of NumPy or CuPy, are all float32 or all float64 (or float16)."""
     dtypes = {a.dtype for a in arrays if a is not None}
-    return len(dtypes) == 1 and not dtypes.isdisjoint(_FLOATS)
+    return len(dtypes) == 1 and not dtypes.isdisjoint(_FLOATS_AND_HALF if half else _FLOATS)
 
 
 def detached(x: Array) -> Array:

@@ -43,3 +43,11 @@ def on_device(*arrays: Any) -> tuple[Any, ...]:
     import cupy
 
     return tuple(cuda.as_cuda_array(cupy.ascontiguousarray(a), sync=False) for a in arrays)
+
+
+def bits_on_device(*arrays: Any) -> tuple[Any, ...]:
+    """As `on_device`, as unsigned integers: for what is only moved, whatever floats it is."""
+    import cupy
+
+    contiguous = (cupy.ascontiguousarray(a) for a in arrays)
+    return on_device(*(a.view(f"u{a.dtype.itemsize}") for a in contiguous))

@@ -1,4 +1,4 @@
-"""Sums of squared outer products on CUDA devices."""
+"""Sums of squared outer products on CUDA devices: what the kernels compute, in the ops' shapes."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import math
 from typing import Any
 
 from numba import cuda
+from numpy import uint64
 
+from kfac_xp.kernels.cuda import squared_channels, squared_tiles
 from kfac_xp.kernels.cuda.launch import configured, current_stream, num_blocks, on_device
+from kfac_xp.kernels.cuda.sizes import sizes_of
 from kfac_xp.kernels.three_axes import ThreeAxes, three_axes
 
-# Length of the shared array below: the most threads that a block may have on any device.
-_MAX_THREADS = 1024
-_THREADS = (32, 8)
+# Where the result has fewer tiles, the cases are divided into parts, so that there are about so
+# many blocks. The number does not depend on the device, as the result's last bits would. The parts
+# take up to so many tiles, 16 MiB, however many cases there are.
+_BLOCKS = 512
 
 
 def squared_outer(rows: Any, grads: Any) -> Any:
     """See ``kfac_xp.ops.squared_outer``."""
-    import cupy
-
     if rows.ndim == 2:
         rows, grads = rows[:, None, :], grads[:, None, :]
-    with rows.device:
-        shape = (rows.shape[-1], grads.shape[-1])
-        if rows.size == 0 or grads.size == 0:
-            return cupy.zeros(shape, dtype=rows.dtype)
-        out = cupy.empty(shape, dtype=rows.dtype)
-        launch(*on_device(rows, grads, out), stream=current_stream())
-    return out
+    # Rows are the pixels of an image under a filter of one tap.
+    num_cases, num_locations, d = rows.shape
+    line, one = (1, 1, num_locations), (1, 1, 1)
+    axes = ThreeAxes(line, line, one, one, one, (0, 0, 0), line)
+    return _squares(rows.reshape(num_cases, *line, d), grads, axes, (d, grads.shape[-1]), 1)
 
 
 def conv_squared_outer(
@@ -40,132 +40,54 @@ def conv_squared_outer(
     groups: int = 1,
     rotations: Any | None = None,
 ) -> Any:
-    """See ``kfac_xp.ops.conv_squared_outer``. The registry keeps groups and rotations from it."""
-    import cupy
-
+    """See ``kfac_xp.ops.conv_squared_outer``. The registry keeps `rotations` from it."""
     num_cases, *space, channels = inputs.shape
     axes = three_axes(geometry, tuple(space))
-    with inputs.device:
-        d = math.prod(axes.kernel) * channels
-        shape = (d + has_bias, outputs_grad.shape[-1])
-        if outputs_grad.size == 0 or shape[0] == 0:
-            return cupy.zeros(shape, dtype=inputs.dtype)
-        out = cupy.empty(shape, dtype=inputs.dtype)
-        mask = cupy.ones(d, dtype=inputs.dtype) if patch_mask is None else patch_mask
-        images, grads, mask, diagonal = on_device(
-            inputs.reshape(num_cases, *axes.space, channels),
-            outputs_grad.reshape(num_cases, *axes.out, shape[1]),
-            mask.reshape(d),
-            out,
-        )
-        launch_conv(images, grads, mask, axes, diagonal, stream=current_stream())
+    d, c_out = math.prod(axes.kernel) * channels // groups, outputs_grad.shape[-1]
+    images = inputs.reshape(num_cases, *axes.space, channels)
+    grads = outputs_grad.reshape(num_cases, math.prod(axes.out), c_out)
+    out = _squares(images, grads, axes, (d + has_bias, c_out), groups)
+    if patch_mask is not None:
+        with inputs.device:
+            # A number that multiplies a row of every case's product multiplies its squares twice.
+            out[:d, :] *= patch_mask.reshape(d, 1).astype(out.dtype, copy=False) ** 2
     return out
 
 
-def launch(
-    rows: Any, grads: Any, out: Any, *, threads: tuple[int, int] = _THREADS, stream: Any = 0
-) -> None:
-    """Fill `out` [D, C] from `rows` [N, T, D] and `grads` [N, T, C]."""
-    if math.prod(out.shape) > 0:
-        configured(_fill, _grid(out, threads), threads, stream)(rows, grads, out)
+def _squares(images: Any, grads: Any, axes: ThreeAxes, shape: tuple[int, int], groups: int) -> Any:
+    """Of images [N, *space, C] and grads [N, T, C_out]: `shape` is [D / groups (+ 1), C_out]."""
+    import cupy
+
+    dtype = cupy.float64 if images.dtype == cupy.float64 else cupy.float32
+    num_cases, channels = images.shape[0], images.shape[-1]
+    with images.device:
+        if grads.size == 0 or math.prod(shape) == 0:
+            return cupy.zeros(shape, dtype=dtype)
+        # With one channel per group there is no product of matrices.
+        kernel = squared_channels if channels == groups else squared_tiles
+        tiles = kernel.num_tiles(shape, groups, dtype)
+        parts = cupy.empty((max(1, min(num_cases, _BLOCKS // tiles)), *shape), dtype=dtype)
+        # Nothing is read of images without pixels, but there must be something to point to.
+        flat = (images if images.size else grads).reshape(-1), grads.reshape(-1)
+        sizes = sizes_of(axes, num_cases, channels, shape[1], groups)
+        kernel.launch(*on_device(*flat), sizes, *on_device(parts), stream=current_stream())
+        if len(parts) == 1:
+            return parts[0]
+        out = cupy.empty(shape, dtype=dtype)
+        add_up(*on_device(parts.reshape(len(parts), -1), out.reshape(-1)), stream=current_stream())
+        return out
 
 
-def launch_conv(
-    inputs: Any,
-    grads: Any,
-    mask: Any,
-    axes: ThreeAxes,
-    out: Any,
-    *,
-    threads: tuple[int, int] = _THREADS,
-    stream: Any = 0,
-) -> None:
-    """Fill `out` [D (+ 1), C_out] from `inputs` [N, *space, C] and `grads` [N, *out, C_out].
-
-    `mask` [D] multiplies the patches; a row of `out` beyond it is that of the bias.
-    """
-    if math.prod(out.shape) > 0:
-        fill = configured(_fill_conv, _grid(out, threads), threads, stream)
-        fill(inputs, grads, mask, axes.kernel, axes.strides, axes.dilation, axes.before, out)
-
-
-def _grid(out: Any, threads: tuple[int, int]) -> tuple[int, int]:
-    """Blocks along the columns of `out`, and one per row: the threads' second axis is cases."""
-    return num_blocks(out.shape[1], threads[0]), num_blocks(out.shape[0], 1)
+def add_up(parts: Any, out: Any, *, threads: int = 256, stream: Any = 0) -> None:
+    """Fill `out` [n] with the sum of `parts` [parts, n], in their order."""
+    configured(_add_up, num_blocks(out.size, threads), threads, stream)(parts, out)
 
 
 @cuda.jit
-def _fill(rows, grads, out):
-    """Write every element of `out`: block (x, y) the columns of tile x in row y.
-
-    Thread (i, j) of a block adds up the cases j, j + blockDim.y, ... of column i; then the threads
-    with j = 0 add up the others' sums, in their order, and write.
-    """
-    sums = cuda.shared.array(_MAX_THREADS, out.dtype)
-    i, j = cuda.threadIdx.x, cuda.threadIdx.y
-    width, height = cuda.blockDim.x, cuda.blockDim.y
-    zero = out.dtype.type(0)
-    # A block steps as a whole, past the edge of `out` too: all its threads meet at the barriers.
-    for d in range(cuda.blockIdx.y, out.shape[0], cuda.gridDim.y):
-        for first in range(cuda.blockIdx.x * width, out.shape[1], cuda.gridDim.x * width):
-            c = first + i
-            total = zero
-            if c < out.shape[1]:
-                for n in range(j, rows.shape[0], height):
-                    case_grad = zero
-                    for t in range(rows.shape[1]):
-                        case_grad += rows[n, t, d] * grads[n, t, c]
-                    total += case_grad * case_grad
-            sums[j * width + i] = total
-            cuda.syncthreads()
-            if j == 0 and c < out.shape[1]:
-                for other in range(1, height):
-                    total += sums[other * width + i]
-                out[d, c] = total
-            cuda.syncthreads()
-
-
-@cuda.jit
-def _fill_conv(inputs, grads, mask, kernel, strides, dilation, before, out):
-    """Write every element of `out`, owned and added up as in `_fill`; patches are never stored."""
-    sums = cuda.shared.array(_MAX_THREADS, out.dtype)
-    i, j = cuda.threadIdx.x, cuda.threadIdx.y
-    width, height = cuda.blockDim.x, cuda.blockDim.y
-    num_cases, size_0, size_1, size_2, channels = inputs.shape
-    _, out_0, out_1, out_2, c_out = grads.shape
-    zero = out.dtype.type(0)
-    for d in range(cuda.blockIdx.y, out.shape[0], cuda.gridDim.y):
-        is_bias = d >= mask.shape[0]
-        tap, channel = 0, 0
-        if not is_bias:
-            tap, channel = d // channels, d % channels
-        # Where the patch entry lies for output 0; in the border, this is negative.
-        first_0 = tap // (kernel[1] * kernel[2]) * dilation[0] - before[0]
-        first_1 = tap // kernel[2] % kernel[1] * dilation[1] - before[1]
-        first_2 = tap % kernel[2] * dilation[2] - before[2]
-        for first in range(cuda.blockIdx.x * width, c_out, cuda.gridDim.x * width):
-            c = first + i
-            total = zero
-            if c < c_out:
-                for n in range(j, num_cases, height):
-                    case_grad = zero
-                    for o_0 in range(out_0):
-                        i_0 = first_0 + o_0 * strides[0]
-                        for o_1 in range(out_1):
-                            i_1 = first_1 + o_1 * strides[1]
-                            inside = 0 <= i_0 < size_0 and 0 <= i_1 < size_1
-                            for o_2 in range(out_2):
-                                i_2 = first_2 + o_2 * strides[2]
-                                if is_bias:
-                                    case_grad += grads[n, o_0, o_1, o_2, c]
-                                elif inside and 0 <= i_2 < size_2:
-                                    patch = inputs[n, i_0, i_1, i_2, channel] * mask[d]
-                                    case_grad += patch * grads[n, o_0, o_1, o_2, c]
-                    total += case_grad * case_grad
-            sums[j * width + i] = total
-            cuda.syncthreads()
-            if j == 0 and c < c_out:
-                for other in range(1, height):
-                    total += sums[other * width + i]
-                out[d, c] = total
-            cuda.syncthreads()
+def _add_up(parts, out):
+    """Write every element of `out`: thread i the elements i, i + number of threads, ..."""
+    for i in range(cuda.grid(1), out.size, cuda.gridsize(1)):
+        total = parts[0, uint64(i)]
+        for part in range(1, parts.shape[0]):
+            total += parts[uint64(part), uint64(i)]
+        out[uint64(i)] = total

@@ -1,4 +1,4 @@
-"""Operations on arrays that kernels may replace: patches and squared outer products.
+"""Operations on arrays that kernels may replace: patches, squared outer products, triangles.
 
 Each op is its Array API reference; the registrations beside it name the kernels. Ops return sums
 over cases; dividing by the number of cases is the business of ``moments``.
@@ -12,6 +12,7 @@ from kfac_xp.ops.patches import (
     require_images,
 )
 from kfac_xp.ops.squared_outer import conv_squared_outer, squared_outer
+from kfac_xp.ops.triangles import pack_symmetric, unpack_symmetric
 
 __all__ = [
     "conv_squared_outer",
@@ -19,6 +20,8 @@ __all__ = [
     "extract_image_patches",
     "extract_patches",
     "extract_pointwise_conv2d_patches",
+    "pack_symmetric",
     "require_images",
     "squared_outer",
+    "unpack_symmetric",
 ]

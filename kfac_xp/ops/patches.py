@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from kfac_xp.backend import (
@@ -136,6 +137,11 @@ def require_images(name: str, images: Array, geometry: ConvGeometry) -> None:
         )
 
 
+def has_small_cases(x: Array) -> bool:
+    """True if integers of 32 bits number what there is of one case."""
+    return math.prod(x.shape[1:]) < 2**31
+
+
 _ACCEPTED = Condition(
     "float32 or float64 with up to three spatial axes",
     lambda inputs, geometry: is_one_float(inputs) and geometry.num_axes <= 3,
@@ -144,6 +150,12 @@ _ACCEPTED = Condition(
 # reference is one copy, 0.4 to 0.6.
 _WINS = Condition("filters of more than one tap", lambda inputs, geometry: geometry.num_taps > 1)
 extract_patches.register("numba", f"{CPU}.patches:extract_patches", accepts=_ACCEPTED, wins=_WINS)
+_ACCEPTED_ON_CUDA = Condition(
+    "float16, float32 or float64 with up to three spatial axes and less than 2**31 entries a case",
+    lambda inputs, geometry: (
+        is_one_float(inputs, half=True) and geometry.num_axes <= 3 and has_small_cases(inputs)
+    ),
+)
 extract_patches.register(
-    "cuda", f"{CUDA}.patches:extract_patches", accepts=_ACCEPTED, wins=UNMEASURED
+    "cuda", f"{CUDA}.patches:extract_patches", accepts=_ACCEPTED_ON_CUDA, wins=UNMEASURED
 )

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from kfac_xp.backend import (
+    UNMEASURED,
     Condition,
     KernelOp,
     array_namespace,
@@ -19,8 +20,8 @@ from kfac_xp.linalg import pad_with_zeros
 from kfac_xp.ops.patches import (
     CPU,
     CUDA,
-    UNMEASURED,
     extract_patches,
+    has_small_cases,
     require_images,
 )
 from kfac_xp.precision import of_statistics
@@ -331,8 +332,18 @@ def _accepts(
     return is_float and geometry.num_axes <= 3 and rotations is None
 
 
-def _accepts_on_cuda(*args: Any, groups: int = 1, **kwargs: Any) -> bool:
-    return groups == 1 and _accepts(*args, **kwargs)
+def _accepts_on_cuda(
+    inputs: Array,
+    outputs_grad: Array,
+    geometry: ConvGeometry,
+    *,
+    patch_mask: Array | None = None,
+    rotations: tuple[Array, Array] | None = None,
+    **options: Any,
+) -> bool:
+    is_float = is_one_float(inputs, outputs_grad, patch_mask, half=True)
+    is_small = has_small_cases(inputs) and has_small_cases(outputs_grad)
+    return is_float and is_small and geometry.num_axes <= 3 and rotations is None
 
 
 def _few_locations(rows: Array, grads: Array) -> bool:
@@ -357,8 +368,21 @@ _WINS = Condition(
     _few_locations,
 )
 squared_outer.register("numba", f"{CPU}.squared_outer:squared_outer", accepts=_ROWS, wins=_WINS)
+_ON_CUDA = (
+    "arrays that are all float16, all float32 or all float64, of less than 2**31 entries a case"
+)
 squared_outer.register(
-    "cuda", f"{CUDA}.squared_outer:squared_outer", accepts=_ROWS, wins=UNMEASURED
+    "cuda",
+    f"{CUDA}.squared_outer:squared_outer",
+    accepts=Condition(
+        _ON_CUDA,
+        lambda rows, grads: (
+            is_one_float(rows, grads, half=True)
+            and has_small_cases(rows)
+            and has_small_cases(grads)
+        ),
+    ),
+    wins=UNMEASURED,
 )
 
 # Measured 1.25 to 24 times as fast. With one location the reference is a single product.
@@ -372,6 +396,6 @@ conv_squared_outer.register(
 conv_squared_outer.register(
     "cuda",
     f"{CUDA}.squared_outer:conv_squared_outer",
-    accepts=Condition(f"{_WORDS}, without groups", _accepts_on_cuda),
+    accepts=Condition(f"{_ON_CUDA}, with up to three spatial axes, not rotated", _accepts_on_cuda),
     wins=UNMEASURED,
 )

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfac_xp.backend import Condition, KernelOp, array_namespace, is_one_float, kept_like
+from kfac_xp.backend import (
+    UNMEASURED,
+    Condition,
+    KernelOp,
+    array_namespace,
+    is_one_float,
+    kept_like,
+)
 from kfac_xp.linalg import add_at, bordered
 from kfac_xp.patch_covariance.borders import borders_of
 from kfac_xp.patch_covariance.lattice import TapGrid
@@ -130,4 +137,13 @@ correlation_blocks.register(
         "float32 or float64",
         lambda halves, *_, **__: is_one_float(halves),
     ),
+)
+correlation_blocks.register(
+    "cuda",
+    "kfac_xp.kernels.cuda.correlation_blocks:correlation_blocks",
+    accepts=Condition(
+        "arrays that are all float32 or all float64",
+        lambda halves, layout, borders=(), last=None: is_one_float(halves, *borders, last),
+    ),
+    wins=UNMEASURED,
 )

@@ -1,0 +1,124 @@
+"""One step of a moving average on CUDA devices."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from numba import cuda
+from numpy import uint32, uint64
+
+from kfac_xp.kernels.cuda.launch import configured, current_stream, num_blocks, on_device
+
+SQUARE = (32, 8)
+"""Threads along a row, which is also the side of a square, and along a column."""
+
+
+def averaged(total: Any, new: Any, decay: Any, weight: Any, symmetrize: bool = False) -> Any:
+    """See ``kfac_xp.averages.averaged``."""
+    import cupy
+
+    with new.device:
+        out, finite = cupy.empty(new.shape, dtype=new.dtype), cupy.ones((), dtype=cupy.bool_)
+        if out.size > 0:
+            shape = (-1, *new.shape[-2:]) if symmetrize else (-1,)
+            arrays = on_device(*(a.reshape(shape) for a in (total, new, out)), finite.reshape(1))
+            factors = _readable(decay, new.dtype), _readable(weight, new.dtype)
+            launch(*arrays[:2], *factors, *arrays[2:], stream=current_stream())
+    return out, finite
+
+
+def _readable(number: Any, dtype: Any) -> Any:
+    """A Python number as a tuple of one, a device's as an array of one: kernels read either."""
+    if hasattr(number, "shape"):
+        return on_device(number.reshape(1))[0]
+    return (dtype.type(number),)
+
+
+def launch(
+    total: Any,
+    new: Any,
+    decay: Any,
+    weight: Any,
+    out: Any,
+    finite: Any,
+    *,
+    square: tuple[int, int] = SQUARE,
+    stream: Any = 0,
+) -> None:
+    """Fill `out` [n], or [B, n, n] with the symmetric part of `new`; set `finite` [1] to False.
+
+    `finite` stays True if all that is averaged in is finite. `decay` and `weight` hold one number.
+    """
+    arguments = total, new, decay, weight, out, finite
+    if out.ndim == 1:
+        threads = math.prod(square)
+        configured(_average, num_blocks(out.size, threads), threads, stream)(*arguments)
+    else:
+        tiles = -(-out.shape[1] // square[0])
+        grid = num_blocks(tiles, 1), num_blocks(out.shape[0] * tiles, 1)
+        configured(symmetric(*square), grid, square, stream)(*arguments)
+
+
+# Casts, here and below: see `squared_tiles`. What is not finite, less itself, is NaN.
+@cuda.jit
+def _average(total, new, decay, weight, out, finite):
+    """Write every element of `out` [n]: thread i the elements i, i + number of threads, ..."""
+    zero = out.dtype.type(0)
+    for i in range(cuda.grid(1), out.size, cuda.gridsize(1)):
+        value = new[uint64(i)]
+        out[uint64(i)] = decay[0] * total[uint64(i)] + weight[0] * value
+        if value - value != zero:
+            finite[0] = False  # whoever writes, writes this
+
+
+@functools.cache
+def symmetric(side: int, height: int) -> Any:
+    """The kernel for squares of this side, with the arguments of `_average`, of shape [B, n, n].
+
+    It writes every element of `out`, in squares in and below the diagonal together with their
+    mirror images. What is read or written is so along rows: the image of `new` is transposed in
+    shared memory, and so is the mean of both. A row of the shared square is longer than need be: a
+    column of it then lies in all banks.
+    """
+    row, each = side + 1, side // height
+
+    @cuda.jit
+    def average(total, new, decay, weight, out, finite):
+        square = cuda.shared.array((side, row), out.dtype)
+        x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
+        zero, half = out.dtype.type(0), out.dtype.type(0.5)
+        count, n = uint32(out.shape[0]), uint32(out.shape[1])
+        tiles = uint32((n + (side - 1)) // side)
+        item = uint32(cuda.blockIdx.y)
+        while item < count * tiles:
+            b, low = uint64(item // tiles), uint32(item % tiles)
+            right = uint32(cuda.blockIdx.x)
+            while right <= low:
+                for m in range(each):
+                    k = uint32(y + m * height)
+                    j, i = uint32(right * side + k), uint32(low * side + x)
+                    if j < n and i < n:
+                        square[k, x] = new[b, j, i]
+                cuda.syncthreads()
+                for m in range(each):
+                    k = uint32(y + m * height)
+                    i, j = uint32(low * side + k), uint32(right * side + x)
+                    if i < n and j < n:
+                        value = half * (new[b, i, j] + square[x, k])
+                        out[b, i, j] = decay[0] * total[b, i, j] + weight[0] * value
+                        square[x, k] = value
+                        if value - value != zero:
+                            finite[0] = False  # whoever writes, writes this
+                cuda.syncthreads()
+                for m in range(each):
+                    k = uint32(y + m * height)
+                    j, i = uint32(right * side + k), uint32(low * side + x)
+                    if right < low and j < n and i < n:
+                        out[b, j, i] = decay[0] * total[b, j, i] + weight[0] * square[k, x]
+                cuda.syncthreads()
+                right = uint32(right + cuda.gridDim.x)
+            item = uint32(item + cuda.gridDim.y)
+
+    return average

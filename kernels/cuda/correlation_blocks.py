@@ -1,0 +1,140 @@
+"""Covariances of patches put together from correlations, on CUDA devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numpy import uint32
+
+from kfac_xp.kernels.cuda.launch import configured, current_stream, num_blocks, on_device
+
+# Sides of the squares in which a block (t, u) is made; small channels would leave most of a large
+# one empty. A thread has as many rows of a square as the second number goes into the first.
+SQUARES = ((8, 8), (16, 8), (32, 8))
+
+
+def correlation_blocks(
+    halves: Any, layout: Any, borders: Sequence[Any] = (), last: Any | None = None
+) -> Any:
+    """See ``kfac_xp.patch_covariance.blocks.correlation_blocks``. It overwrites nothing."""
+    import cupy
+
+    side = layout.blocks.shape[1] * halves.shape[2] + (last is not None)
+    with halves.device:
+        out = cupy.empty((side, side), dtype=halves.dtype)
+        if out.size > 0:
+            tables = tables_of(layout)
+            ends = np.cumsum([table.size for table in tables])
+            # One transfer for all of them.
+            moved = cupy.asarray(np.concatenate([table.reshape(-1) for table in tables]))
+            tables = [
+                moved[end - table.size : end].reshape(table.shape)
+                for table, end in zip(tables, ends, strict=True)
+            ]
+            # Without a last row, any vector will do.
+            vector, matrix = on_device(halves.reshape(-1) if last is None else last, out)
+            for number, (part, table) in enumerate(zip((halves, *borders), tables, strict=True)):
+                arrays = on_device(part, table)
+                launch(*arrays, vector, matrix, adds=number > 0, stream=current_stream())
+    return out
+
+
+def tables_of(layout: Any) -> list[np.ndarray]:
+    """For each part of the sum [K, K + 2], for its K taps: pairs of them, block and number."""
+    tables = []
+    for pairs, blocks in zip(layout.pairs, layout.blocks, strict=True):
+        (taps,) = np.nonzero(blocks >= 0)
+        columns = [pairs[np.ix_(taps, taps)], blocks[taps], taps]
+        tables.append(np.column_stack(columns).astype(np.int64))
+    return tables
+
+
+def launch(
+    halves: Any,
+    table: Any,
+    last: Any,
+    out: Any,
+    *,
+    adds: bool,
+    square: tuple[int, int] | None = None,
+    stream: Any = 0,
+) -> None:
+    """Fill `out` from one part `halves` [offsets, B, C, B, C], or add that to it.
+
+    `table` is one of `tables_of`; it must have all taps unless the part is added. `last` is read if
+    `out` has a row more than there are taps times C.
+    """
+    channels = halves.shape[2]
+    square = square or next((s for s in SQUARES if channels <= s[0]), SQUARES[-1])
+    tiles = num_blocks(table.shape[0] * -(-channels // square[0]), 1)
+    fill = configured(filler(*square), (tiles, tiles), square, stream)
+    fill(halves, table, last, out, adds)
+
+
+@functools.cache
+def filler(side: int, height: int) -> Any:
+    """The kernel for squares of this side, ``fill(halves, table, last, out, adds)``.
+
+    It writes every element of `out` between the taps of the table, and the last row and column. A
+    square is made where it lies in or below the diagonal, and written with its mirror image: both
+    summands are read along rows, one is transposed in shared memory, and so is the sum. A row of
+    the shared square is longer than need be, so that a column of it lies in all banks.
+    """
+    row, each = side + 1, side // height
+
+    # Casts: see `squared_tiles`.
+    @cuda.jit
+    def fill(halves, table, last, out, adds):
+        square = cuda.shared.array((side, row), out.dtype)
+        x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
+        num_taps, channels = uint32(table.shape[0]), uint32(halves.shape[2])
+        tiles = uint32((channels + (side - 1)) // side)
+        low = uint32(cuda.blockIdx.y)
+        while low < num_taps * tiles:
+            t, first_c = uint32(low // tiles), uint32(low % tiles * uint32(side))
+            right = uint32(cuda.blockIdx.x)
+            while right <= low:
+                u, first_e = uint32(right // tiles), uint32(right % tiles * uint32(side))
+                d = uint32(table[t, u])
+                mirror = uint32(halves.shape[0] - 1 - d)
+                block_t, block_u = uint32(table[t, num_taps]), uint32(table[u, num_taps])
+                row_t = uint32(uint32(table[t, num_taps + 1]) * channels)
+                row_u = uint32(uint32(table[u, num_taps + 1]) * channels)
+                for m in range(each):
+                    k = uint32(y + m * height)
+                    e, c = uint32(first_e + k), uint32(first_c + x)
+                    if e < channels and c < channels:
+                        square[k, x] = halves[mirror, block_u, e, block_t, c]
+                cuda.syncthreads()
+                for m in range(each):
+                    k = uint32(y + m * height)
+                    c, e = uint32(first_c + k), uint32(first_e + x)
+                    if c < channels and e < channels:
+                        value = halves[d, block_t, c, block_u, e] + square[x, k]
+                        if adds:
+                            value += out[row_t + c, row_u + e]
+                        out[row_t + c, row_u + e] = value
+                        square[x, k] = value
+                cuda.syncthreads()
+                for m in range(each):
+                    k = uint32(y + m * height)
+                    e, c = uint32(first_e + k), uint32(first_c + x)
+                    if right < low and e < channels and c < channels:
+                        out[row_u + e, row_t + c] = square[k, x]
+                cuda.syncthreads()
+                right = uint32(right + cuda.gridDim.x)
+            low = uint32(low + cuda.gridDim.y)
+        # The last row and column are written with the part that all taps belong to.
+        end = uint32(num_taps * channels)
+        if not adds and end < out.shape[0]:
+            block = cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x
+            i = uint32((block * height + y) * side + x)
+            while i <= end:
+                out[end, i] = out[i, end] = last[i]
+                i = uint32(i + cuda.gridDim.x * cuda.gridDim.y * side * height)
+
+    return fill

@@ -1,0 +1,111 @@
+"""Squares of sums over locations, added up over cases, for filters that read one channel each.
+
+The depthwise case of what ``squared_tiles`` computes, where there is no matrix product to tile: an
+entry of the result is a sum of products of one channel's pixels with one channel's gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numpy import int32, int64, uint32, uint64
+
+from kfac_xp.kernels.cuda.launch import configured, num_blocks
+
+# Rows (taps) of each thread, which share its loads of gradients.
+EACH = 4
+# Threads along the columns, and at most along the rows.
+THREADS = (32, 8)
+
+
+def num_tiles(shape: tuple[int, int], groups: int, dtype: Any) -> int:
+    """How many blocks of threads there are for each part of the cases."""
+    return -(-shape[1] // THREADS[0])
+
+
+def launch(
+    images: Any,
+    grads: Any,
+    sizes: Any,
+    out: Any,
+    *,
+    threads: tuple[int, int] = THREADS,
+    stream: Any = 0,
+) -> None:
+    """Fill `out` [parts, taps (+ 1), C_out] from flat images and gradients: see `squared_tiles`."""
+    parts, num_rows, c_out = out.shape
+    block = (threads[0], min(-(-num_rows // EACH), threads[1]))
+    grid = num_blocks(c_out, block[0]), num_blocks(parts, 1)
+    configured(_fill, grid, block, stream)(images, grads, sizes, out)
+
+
+@cuda.jit
+def _fill(images, grads, sizes, out):
+    """Write every element of `out`: each thread `EACH` rows of one column and part, and so on.
+
+    Casts as in ``squared_tiles``.
+    """
+    shift_0 = cuda.local.array(EACH, int32)
+    shift_1 = cuda.local.array(EACH, int32)
+    shift_2 = cuda.local.array(EACH, int32)
+    shift = cuda.local.array(EACH, int32)
+    sums = cuda.local.array(EACH, out.dtype)
+    totals = cuda.local.array(EACH, out.dtype)
+    zero = out.dtype.type(0)
+    num_parts, num_rows, c_out = out.shape
+    part = int64(cuda.blockIdx.y)
+    while part < num_parts:
+        first_case = int64(sizes.cases) * part // num_parts
+        end_case = int64(sizes.cases) * (part + 1) // num_parts
+        c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+        while c < c_out:
+            first = uint32(cuda.threadIdx.y * EACH)
+            while first < num_rows:
+                for i in range(EACH):
+                    tap = uint32(first + i)
+                    rest = uint32(tap // sizes.taps_2)
+                    s_0 = int32(int32(rest // sizes.taps_1) * sizes.dilation_0)
+                    s_1 = int32(int32(rest % sizes.taps_1) * sizes.dilation_1)
+                    s_2 = int32(int32(tap % sizes.taps_2) * sizes.dilation_2)
+                    shift_0[i], shift_1[i], shift_2[i] = s_0, s_1, s_2
+                    s = int32(s_0 * sizes.step_0 + s_1 * sizes.step_1 + s_2 * sizes.step_2)
+                    shift[i] = int32(s + int32(c // sizes.group_out))
+                    totals[i] = zero
+                n = first_case
+                while n < end_case:
+                    image = n * sizes.step_case
+                    grad = uint64(n * sizes.locations * c_out + c)
+                    for i in range(EACH):
+                        sums[i] = zero
+                    o_0, o_1, o_2 = uint32(0), uint32(0), uint32(0)
+                    while o_0 < sizes.out_0:
+                        i_0 = int32(int32(o_0) * sizes.stride_0 - sizes.before_0)
+                        i_1 = int32(int32(o_1) * sizes.stride_1 - sizes.before_1)
+                        i_2 = int32(int32(o_2) * sizes.stride_2 - sizes.before_2)
+                        at = int32(i_0 * sizes.step_0 + i_1 * sizes.step_1 + i_2 * sizes.step_2)
+                        right = out.dtype.type(grads[grad])
+                        for i in range(EACH):
+                            inside = uint32(first + i) < sizes.entries
+                            inside &= uint32(i_0 + shift_0[i]) < sizes.size_0
+                            inside &= uint32(i_1 + shift_1[i]) < sizes.size_1
+                            inside &= uint32(i_2 + shift_2[i]) < sizes.size_2
+                            pixel = uint64(image + int32(at + shift[i]))
+                            value = images[pixel if inside else uint64(0)]
+                            outside = out.dtype.type(uint32(first + i) == sizes.entries)
+                            sums[i] += (out.dtype.type(value) if inside else outside) * right
+                        grad += uint64(c_out)
+                        o_2 = uint32(o_2 + 1)
+                        if o_2 == sizes.out_2:
+                            o_1, o_2 = uint32(o_1 + 1), uint32(0)
+                            if o_1 == sizes.out_1:
+                                o_0, o_1 = uint32(o_0 + 1), uint32(0)
+                    for i in range(EACH):
+                        totals[i] += sums[i] * sums[i]
+                    n += 1
+                for i in range(EACH):
+                    if first + i < num_rows:
+                        out[uint64(part), uint64(first + i), uint64(c)] = totals[i]
+                first = uint32(first + cuda.blockDim.y * EACH)
+            c = uint32(c + cuda.gridDim.x * cuda.blockDim.x)
+        part += cuda.gridDim.y
