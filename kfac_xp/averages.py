@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.backend import (
+    UNMEASURED,
     Condition,
     KernelOp,
     array_namespace,
@@ -18,6 +19,7 @@ from kfac_xp.backend import (
     is_one_float,
     is_readable,
 )
+from kfac_xp.linalg import symmetrized
 from kfac_xp.typing import Array, Scalar
 
 
@@ -60,7 +62,14 @@ class MovingAverage:
         """Weight of a new value that goes with `decay` when the caller names none."""
         return 1.0 if self.zero_debias else 1.0 - as_number(decay)
 
-    def step(self, new: Array, *, decay: Scalar, weight: Scalar | None = None) -> AverageStep:
+    def step(
+        self,
+        new: Array,
+        *,
+        decay: Scalar,
+        weight: Scalar | None = None,
+        symmetrize: bool = False,
+    ) -> AverageStep:
         """What `update` makes of `new`; the average stays as it is until it is taken.
 
         Where values cannot be read for free, an update that is not finite is left out by a choice
@@ -68,7 +77,7 @@ class MovingAverage:
         """
         weight = self.default_weight(decay) if weight is None else weight
         decay, weight = as_scalar_like(decay, new), as_scalar_like(weight, new)
-        total, finite = averaged(self.total, new, decay, weight)
+        total, finite = averaged(self.total, new, decay, weight, symmetrize)
         total_weight = decay * self.weight + weight
         if is_readable(new):
             return AverageStep(self, total, total_weight, None, bool(finite))
@@ -81,13 +90,20 @@ class MovingAverage:
         flag = finite if self.all_finite is None else self.all_finite & finite
         return AverageStep(self, total, total_weight, flag, True)
 
-    def update(self, new: Array, *, decay: Scalar, weight: Scalar | None = None) -> None:
-        """Average in `new`.
+    def update(
+        self,
+        new: Array,
+        *,
+        decay: Scalar,
+        weight: Scalar | None = None,
+        symmetrize: bool = False,
+    ) -> None:
+        """Average in `new`, or with `symmetrize` its symmetric part.
 
         Where values cannot be read for free, an update that is not finite is left out, which is
         remembered in `all_finite`.
         """
-        self.step(new, decay=decay, weight=weight).take()
+        self.step(new, decay=decay, weight=weight, symmetrize=symmetrize).take()
 
     def add_to_average(self, new: Array, decay: Scalar = 1.0, weight: Scalar = 1.0) -> None:
         """As `update`, with the reference's name and defaults: the plain mean."""
@@ -165,17 +181,34 @@ class AverageStep:
 
 
 @KernelOp
-def averaged(total: Array, new: Array, decay: Scalar, weight: Scalar) -> tuple[Array, Array]:
-    """``decay * total + weight * new``, and whether all of `new` is finite: a 0-d bool.
+def averaged(
+    total: Array, new: Array, decay: Scalar, weight: Scalar, symmetrize: bool = False
+) -> tuple[Array, Array]:
+    """``decay * total + weight * new``, and whether what is averaged in is finite: a 0-d bool.
 
-    Of the dtype of the arrays; the numbers are Python's or 0-d arrays of that dtype.
+    Of the dtype of the arrays; the numbers are Python's or 0-d arrays of that dtype. With
+    `symmetrize` the symmetric part of `new` [..., n, n] is averaged in, ``(new + new^T) / 2``: what
+    a matrix product leaves asymmetric need not be mended in a pass of its own.
     """
     xp = array_namespace(total, new)
+    if symmetrize:
+        new = symmetrized(new)
     result = decay * total
     # An array of this function's own, so that it may be added to.
     result += new if isinstance(weight, float) and weight == 1.0 else weight * new
     finite = is_finite(new) if is_readable(new) else xp.all(xp.isfinite(new))
     return result, finite
+
+
+@averaged.checks
+def _check_averaged(
+    total: Array, new: Array, decay: Scalar, weight: Scalar, symmetrize: bool = False
+) -> None:
+    if symmetrize and (new.ndim < 2 or new.shape[-2] != new.shape[-1]):
+        raise ValueError(
+            "`new` must be square matrices, of shape [..., n, n], to be symmetrized; got shape "
+            f"{tuple(new.shape)}. Pass `symmetrize=False`."
+        )
 
 
 class AccumulatorVariable:
@@ -230,10 +263,19 @@ averaged.register(
     "kfac_xp.kernels.cpu.averaged:averaged",
     accepts=Condition(
         "contiguous arrays that are both float32 or both float64",
-        lambda total, new, decay, weight: (
+        lambda total, new, *_, **__: (
             is_one_float(total, new) and total.flags.c_contiguous and new.flags.c_contiguous
         ),
     ),
     # Below, NumPy's three passes stay in the cache.
-    wins=Condition("at least 2**14 entries", lambda total, new, decay, weight: total.size >= 2**14),
+    wins=Condition("at least 2**14 entries", lambda total, *_, **__: total.size >= 2**14),
+)
+averaged.register(
+    "cuda",
+    "kfac_xp.kernels.cuda.averaged:averaged",
+    accepts=Condition(
+        "arrays that are both float32 or both float64",
+        lambda total, new, *_, **__: is_one_float(total, new),
+    ),
+    wins=UNMEASURED,
 )

@@ -9,8 +9,10 @@ import numpy as np
 from kfac_xp.kernels.cpu.jit import compiled
 
 
-def averaged(total: Any, new: Any, decay: Any, weight: Any) -> Any:
+def averaged(total: Any, new: Any, decay: Any, weight: Any, symmetrize: bool = False) -> Any:
     """See ``kfac_xp.averages.averaged``."""
+    if symmetrize:
+        new = np.ascontiguousarray((new + np.swapaxes(new, -1, -2)) / 2)
     out = np.empty_like(new)
     scalar = new.dtype.type
     finite = _fill(
