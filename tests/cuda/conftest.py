@@ -1,0 +1,64 @@
+"""NumPy in CuPy's place, for kernels in Numba's simulator."""
+
+import contextlib
+import importlib
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is here; without the simulator it is skipped."""
+    for item in items:
+        if item.path.parent.name != "cuda":
+            continue
+        item.add_marker(pytest.mark.simulator)
+        if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+            reason = "Numba's CUDA simulator is not on (NUMBA_ENABLE_CUDASIM=1)"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class Placed(np.ndarray):
+    """An array with CuPy's `device`, which is a context."""
+
+    device = contextlib.nullcontext()
+
+
+class Cupy:
+    """NumPy under CuPy's name. What is not written of a new array stays NaN, or the last integer."""
+
+    cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, shape, dtype):
+        hole = np.nan if np.issubdtype(dtype, np.floating) else -1
+        return np.full(shape, hole, dtype=dtype).view(Placed)
+
+    def zeros(self, shape, dtype):
+        return np.zeros(shape, dtype=dtype).view(Placed)
+
+    def ones(self, shape, dtype):
+        return np.ones(shape, dtype=dtype).view(Placed)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Modules of kernels by name; a call is as with CuPy, of arrays made by `on_gpu`."""
+    from kfac_xp.kernels.cuda import launch
+
+    monkeypatch.setitem(sys.modules, "cupy", Cupy())
+    as_cuda_array = {"as_cuda_array": lambda a, sync: np.asarray(a), "default_stream": lambda: 0}
+    for name, function in as_cuda_array.items():
+        monkeypatch.setattr(launch.cuda, name, function, raising=False)
+    return lambda name: importlib.import_module(f"kfac_xp.kernels.cuda.{name}")
+
+
+@pytest.fixture
+def on_gpu():
+    """Function to an array that has a device."""
+    return lambda x: np.asarray(x).view(Placed)
