@@ -1,62 +1,78 @@
-"""The CUDA kernels compile to PTX, which needs NVVM and no device."""
+"""The CUDA kernels compile to PTX, which needs NVVM and no device: see ``benchmarks/ptx.py``.
 
-import os
+Here for float32 and one architecture; ``python -m benchmarks.ptx`` does all.
+"""
+
+import importlib
+import pkgutil
 import re
-import shutil
-import subprocess
 
 import pytest
-from numba import cuda, types
 
-from kfac_xp.kernels.cuda import patches, squared_outer
+from benchmarks import ptx
+from kfac_xp.kernels import cuda as package
 
-TRIPLE = types.UniTuple(types.int64, 3)
-SIGNATURES = {
-    "extract_patches": (patches._fill, (5, TRIPLE, TRIPLE, TRIPLE, 8)),
-    "squared_outer": (squared_outer._fill, (3, 3, 2)),
-    "conv_squared_outer": (
-        squared_outer._fill_conv,
-        (5, 5, 1, TRIPLE, TRIPLE, TRIPLE, TRIPLE, 2),
-    ),
-}
+WANTED = {"float32": {".f32"}, "integers": set()}
 
 
-def compiled(name, scalar):
-    """PTX of a kernel on C-contiguous arrays, given by their number of axes."""
-    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
-        pytest.skip("this process runs Numba's CUDA simulator")
-    kernel, arguments = SIGNATURES[name]
-    signature = tuple(types.Array(scalar, a, "C") if isinstance(a, int) else a for a in arguments)
+def unless_missing(function, *arguments):
+    """What the function returns; skips the test if there is no toolchain for it."""
     try:
-        ptx, result = cuda.compile_ptx(kernel.py_func, signature, cc=(8, 0))
-    except Exception as error:
-        if type(error).__name__ != "NvvmSupportError":
-            raise
-        pytest.skip(f"there is no NVVM to compile with: {error}")
-    assert result == types.void
-    return ptx
+        return function(*arguments)
+    except ptx.MissingToolchainError as reason:
+        pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_float32_stays_float32(name):
-    ptx = compiled(name, types.float32)
-    assert ".f32" in ptx
-    assert not re.search(r"\.f64\b", ptx)
+@pytest.fixture(scope="module")
+def compiled():
+    """Every kernel for float32 with its PTX."""
+    kernels = [kernel for kernel in ptx.kernels() if kernel.dtype == "float32"]
+    return [(kernel, unless_missing(ptx.ptx, kernel, (8, 0))) for kernel in kernels]
 
 
-@pytest.mark.parametrize("scalar", [types.float32, types.float64], ids=str)
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_registers_suffice(name, scalar, tmp_path):
-    ptx = compiled(name, scalar)
-    ptxas = shutil.which("ptxas")
-    if ptxas is None:
-        pytest.skip("ptxas is not on the path")
-    source = tmp_path / "kernel.ptx"
-    source.write_text(ptx)
-    done = subprocess.run(
-        [ptxas, "-v", "-arch=sm_80", str(source), "-o", str(tmp_path / "kernel.cubin")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
+def test_float32_stays_float32(compiled):
+    """Numba makes float64 of a mixture of signed and unsigned integers, for one."""
+    for kernel, text in compiled:
+        assert set(re.findall(r"\.f(?:16|32|64)\b", text)) == WANTED[kernel.computes_in], (
+            kernel.name
+        )
+
+
+def test_nothing_is_spilled_and_two_blocks_fit(compiled):
+    for kernel, text in compiled:
+        assert ".local" not in text, kernel.name
+        used = unless_missing(ptx.usage, text, (8, 0))
+        assert used.registers > 0
+        assert used.is_fine, f"{kernel.name}: {used}"
+
+
+def test_the_table_has_every_kernel():
+    listed = {kernel.function.py_func.__qualname__ for kernel in ptx.kernels()}
+    for file in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"kfac_xp.kernels.cuda.{file.name}")
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", None) != module.__name__:
+                continue
+            if hasattr(value, "py_func"):
+                assert name in listed
+            elif hasattr(value, "cache_info"):
+                assert any(kernel.startswith(f"{name}.<locals>") for kernel in listed), name
+
+
+@pytest.mark.parametrize(
+    ("spilled", "registers", "status"), [(0, 128, 0), (4, 128, 1), (0, 129, 1)]
+)
+def test_exit_status(monkeypatch, capsys, spilled, registers, status):
+    monkeypatch.setattr(ptx, "assembler", lambda: "ptxas")
+    monkeypatch.setattr(ptx, "ptx", lambda *_: "")
+    used = ptx.Usage(registers, shared=0, stack=0, spilled=spilled)
+    monkeypatch.setattr(ptx, "usage", lambda *_: used)
+    assert ptx.main(["--kernel", "pack"]) == status
+    assert ("spilled=4" in capsys.readouterr().out) == (spilled == 4)
+
+
+def test_without_a_toolkit(monkeypatch, capsys):
+    monkeypatch.setattr(ptx.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ptx, "find_spec", lambda name: None)
+    assert ptx.main([]) == 0
+    assert "nothing was compiled: ptxas is neither on the path" in capsys.readouterr().out

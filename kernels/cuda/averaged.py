@@ -61,15 +61,14 @@ def launch(
         configured(symmetric(*square), grid, square, stream)(*arguments)
 
 
-# Casts, here and below: see `squared_tiles`. What is not finite, less itself, is NaN.
+# Casts, here and below: see `squared_tiles`.
 @cuda.jit
 def _average(total, new, decay, weight, out, finite):
     """Write every element of `out` [n]: thread i the elements i, i + number of threads, ..."""
-    zero = out.dtype.type(0)
     for i in range(cuda.grid(1), out.size, cuda.gridsize(1)):
         value = new[uint64(i)]
         out[uint64(i)] = decay[0] * total[uint64(i)] + weight[0] * value
-        if value - value != zero:
+        if not math.isfinite(value):
             finite[0] = False  # whoever writes, writes this
 
 
@@ -88,7 +87,7 @@ def symmetric(side: int, height: int) -> Any:
     def average(total, new, decay, weight, out, finite):
         square = cuda.shared.array((side, row), out.dtype)
         x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
-        zero, half = out.dtype.type(0), out.dtype.type(0.5)
+        half = out.dtype.type(0.5)
         count, n = uint32(out.shape[0]), uint32(out.shape[1])
         tiles = uint32((n + (side - 1)) // side)
         item = uint32(cuda.blockIdx.y)
@@ -109,7 +108,7 @@ def symmetric(side: int, height: int) -> Any:
                         value = half * (new[b, i, j] + square[x, k])
                         out[b, i, j] = decay[0] * total[b, i, j] + weight[0] * value
                         square[x, k] = value
-                        if value - value != zero:
+                        if not math.isfinite(value):
                             finite[0] = False  # whoever writes, writes this
                 cuda.syncthreads()
                 for m in range(each):

@@ -57,14 +57,14 @@ class Tile(NamedTuple):
 # A thread's registers hold two of its share of a tile. These leave room for two blocks and more on
 # a multiprocessor: see `python -m benchmarks.ptx`.
 TALL, SQUARE, NARROW = Tile(each_d=8), Tile(), Tile(each_c=2)
-TILES = {np.dtype(np.float32): (TALL, SQUARE, NARROW), np.dtype(np.float64): (NARROW,)}
+TILES = {"float32": (TALL, SQUARE, NARROW), "float64": (NARROW,)}
 """By the dtype of the sums."""
 
 
 def tile_for(shape: tuple[int, int], groups: int, dtype: Any) -> Tile:
     """The tile for a result of this shape, of which each group has some columns."""
     rows, columns = shape[0], shape[1] // groups
-    if TALL not in TILES[np.dtype(dtype)] or columns <= NARROW.columns:
+    if TALL not in TILES[np.dtype(dtype).name] or columns <= NARROW.columns:
         return NARROW
     return SQUARE if rows <= SQUARE.rows else TALL
 

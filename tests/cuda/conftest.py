@@ -28,7 +28,7 @@ class Placed(np.ndarray):
 
 
 class Cupy:
-    """NumPy under CuPy's name. What is not written of a new array stays NaN, or the last integer."""
+    """NumPy under CuPy's name. Of a new array what is not written stays NaN, or -1."""
 
     cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
 

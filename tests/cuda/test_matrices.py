@@ -66,7 +66,7 @@ class TestAveraged:
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_numbers_and_device_scalars(self, launched, on_gpu, rng, dtype, symmetrize):
         module = launched("averaged", square=(2, 2))
-        total, new = (on_gpu(rng.standard_normal((2, 5, 5)).astype(dtype)) for _ in range(2))
+        total, new = (on_gpu(rng.standard_normal((2, 3, 3)).astype(dtype)) for _ in range(2))
         added = (new + np.swapaxes(new, 1, 2)) / 2 if symmetrize else new
         expected = 0.9 * total.astype("float64") + 0.25 * added
         decay, weight = (on_gpu(np.asarray(x, dtype)) for x in (0.9, 0.25))
@@ -90,8 +90,8 @@ class TestAveraged:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     def test_one_bad_entry(self, launched, on_gpu, bad, symmetrize):
         module = launched("averaged", square=(2, 2))
-        for index in ((0, 0), (4, 4), (4, 1), (1, 4)):
-            new = on_gpu(np.ones((5, 5), dtype="float32"))
+        for index in ((0, 0), (2, 1), (1, 2)):
+            new = on_gpu(np.ones((3, 3), dtype="float32"))
             new[index] = bad
             assert not module.averaged(np.ones_like(new), new, 0.5, 0.5, symmetrize)[1]
 
@@ -137,8 +137,9 @@ class TestCorrelationBlocks:
 
         return arguments
 
-    @pytest.mark.parametrize("square", SQUARES)
-    @pytest.mark.parametrize("with_last", [False, True])
+    @pytest.mark.parametrize(
+        ("square", "with_last"), [((2, 2), True), ((3, 1), False), ((4, 2), True)]
+    )
     def test_squares(self, launched, on_gpu, arguments, square, with_last):
         (halves, border), layout, last = arguments(channels=3)
         last = last if with_last else None
@@ -148,7 +149,7 @@ class TestCorrelationBlocks:
         np.testing.assert_allclose(out, expected, rtol=1e-13)
         np.testing.assert_array_equal(out, out.T)
 
-    @pytest.mark.parametrize("channels", [1, 9])
+    @pytest.mark.parametrize("channels", [1, 5])
     def test_squares_that_go_with_the_channels(
         self, kernels, on_gpu, arguments, channels, monkeypatch
     ):

@@ -1,0 +1,235 @@
+"""Registers, shared memory and spills of every CUDA kernel: ``python -m benchmarks.ptx``.
+
+Kernels are compiled to PTX by Numba and assembled by ``ptxas`` for each architecture, which needs
+the compilers of a CUDA toolkit (or ``pip install numba-cuda[cu12]``) and no GPU. The exit status is
+1 if a kernel spills registers, or takes so many that two blocks of 256 threads do not fit on a
+multiprocessor; without a toolkit the reason is printed, and it is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
+MAX_REGISTERS = 128
+"""With which two blocks of 256 threads fit in the 65536 registers of a multiprocessor."""
+
+
+class Kernel(NamedTuple):
+    """A kernel for arrays of one dtype.
+
+    Parameters
+    ----------
+    name, dtype
+        What the table calls it.
+    function
+        The jitted function.
+    arguments
+        Their Numba types.
+    computes_in
+        The dtype of its arithmetic; "integers" if it only moves elements.
+    """
+
+    name: str
+    dtype: str
+    function: Any
+    arguments: tuple[Any, ...]
+    computes_in: str
+
+
+class MissingToolchainError(Exception):
+    """The toolchain is not there, or is switched off."""
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every kernel that the library launches, for every dtype that it takes."""
+    from numba import types
+
+    from kfac_xp.kernels.cuda import (
+        averaged,
+        correlation_blocks,
+        patches,
+        squared_channels,
+        squared_outer,
+        squared_tiles,
+        triangles,
+    )
+    from kfac_xp.kernels.cuda.sizes import Sizes, sizes_of
+    from kfac_xp.kernels.three_axes import ThreeAxes
+
+    one, none = (1, 1, 1), (0, 0, 0)
+    fields = sizes_of(ThreeAxes(one, one, one, one, one, none, one), 1, 1)
+    sizes = types.NamedTuple([getattr(types, type(n).__name__) for n in fields], Sizes)
+
+    def array(scalar: Any, ndim: int) -> Any:
+        return types.Array(scalar, ndim, "C")
+
+    for bits in (16, 32, 64):
+        scalar, dtype = getattr(types, f"uint{bits}"), f"float{bits}"
+        moves = {
+            "extract_patches": (patches._fill, (1, sizes, 1)),
+            "pack_symmetric": (triangles._pack, (3, 2)),
+            "unpack_symmetric": (triangles.unpacker(*triangles.SQUARE), (2, 3)),
+        }
+        for name, (function, arguments) in moves.items():
+            typed = (array(scalar, a) if isinstance(a, int) else a for a in arguments)
+            yield Kernel(name, dtype, function, tuple(typed), "integers")
+    for dtype, sums in (("float16", "float32"), ("float32", "float32"), ("float64", "float64")):
+        given, out = array(getattr(types, dtype), 1), array(getattr(types, sums), 3)
+        squares = [
+            (f"squared_outer {tile.rows}x{tile.columns}", squared_tiles.tiled(tile))
+            for tile in squared_tiles.TILES[sums]
+        ]
+        for name, function in (*squares, ("squared_outer by channel", squared_channels._fill)):
+            yield Kernel(name, dtype, function, (given, given, sizes, out), sums)
+    for dtype in ("float32", "float64"):
+        scalar = getattr(types, dtype)
+        vector, cube = array(scalar, 1), array(scalar, 3)
+        flag, number = array(types.boolean, 1), types.UniTuple(scalar, 1)
+        added = array(scalar, 2), vector
+        yield Kernel("squared_outer sum", dtype, squared_outer._add_up, added, dtype)
+        for side, height in correlation_blocks.SQUARES:
+            function = correlation_blocks.filler(side, height)
+            table = array(types.int64, 2)
+            arguments = (array(scalar, 5), table, vector, array(scalar, 2), types.boolean)
+            yield Kernel(f"correlation_blocks {side}", dtype, function, arguments, dtype)
+        symmetric = averaged.symmetric(*averaged.SQUARE)
+        for words, factor in (("", number), (", device scalars", vector)):
+            factors = factor, factor
+            name = f"averaged{words}"
+            yield Kernel(
+                name, dtype, averaged._average, (vector, vector, *factors, vector, flag), dtype
+            )
+            name = f"averaged symmetric{words}"
+            yield Kernel(name, dtype, symmetric, (cube, cube, *factors, cube, flag), dtype)
+
+
+def ptx(kernel: Kernel, architecture: tuple[int, int]) -> str:
+    """The kernel's PTX.
+
+    Raises
+    ------
+    MissingToolchainError
+        If Numba has no compiler for it, or simulates CUDA.
+    """
+    from numba import cuda
+
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+        raise MissingToolchainError(
+            "this process runs Numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1)"
+        )
+    try:
+        text, _ = cuda.compile_ptx(kernel.function.py_func, kernel.arguments, cc=architecture)
+    except Exception as error:
+        if type(error).__name__ != "NvvmSupportError":
+            raise
+        raise MissingToolchainError(f"there is no NVVM to compile with: {error}") from error
+    return str(text)
+
+
+def assembler() -> str:
+    """Path of ``ptxas``: the system's, or that of the packages that numba-cuda brings.
+
+    Raises
+    ------
+    MissingToolchainError
+        If there is none.
+    """
+    found = shutil.which("ptxas")
+    if found is not None:
+        return found
+    nvidia = find_spec("nvidia")
+    for folder in (nvidia.submodule_search_locations or ()) if nvidia else ():
+        for path in sorted(Path(folder).glob("**/bin/ptxas")):
+            return str(path)
+    raise MissingToolchainError(
+        "ptxas is neither on the path nor among the installed packages. Install the CUDA toolkit, "
+        'or `pip install "numba-cuda[cu12]"`.'
+    )
+
+
+class Usage(NamedTuple):
+    """What a kernel takes of a multiprocessor, per thread or (shared memory, in bytes) block."""
+
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+    @property
+    def is_fine(self) -> bool:
+        """True if nothing is spilled and two blocks of 256 threads fit."""
+        return self.stack == self.spilled == 0 and self.registers <= MAX_REGISTERS
+
+
+def usage(text: str, architecture: tuple[int, int]) -> Usage:
+    """What ``ptxas`` says of a kernel's PTX.
+
+    Raises
+    ------
+    RuntimeError
+        If it does not take the PTX.
+    """
+    major, minor = architecture
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(text)
+        command = [assembler(), "-v", f"-arch=sm_{major}{minor}", str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(Path(folder, "kernel.cubin"))], capture_output=True, text=True
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"ptxas failed: {done.stdout}{done.stderr}")
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, done.stdout + done.stderr)
+        return int(found[1]) if found else 0
+
+    return Usage(
+        registers=number(r"Used (\d+) registers"),
+        shared=number(r"(\d+) bytes smem"),
+        stack=number(r"(\d+) bytes stack frame"),
+        spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernel", default="", help="only those whose name contains this")
+    options = parser.parse_args(arguments)
+    names = [f"sm_{major}{minor}" for major, minor in ARCHITECTURES]
+    too_much = []
+    try:
+        assembler()
+        print(f"| kernel | dtype | shared | registers on {', '.join(names)} |")
+        print("|---|---|---|---|")
+        for kernel in kernels():
+            if options.kernel not in kernel.name:
+                continue
+            found = [usage(ptx(kernel, a), a) for a in ARCHITECTURES]
+            registers = ", ".join(str(u.registers) for u in found)
+            shared = max(u.shared for u in found)
+            print(f"| {kernel.name} | {kernel.dtype} | {shared} | {registers} |", flush=True)
+            for name, used in zip(names, found, strict=True):
+                if not used.is_fine:
+                    too_much.append(f"{kernel.name} of {kernel.dtype} on {name}: {used}")
+    except MissingToolchainError as reason:
+        print(f"nothing was compiled: {reason}")
+        return 0
+    print("\n".join(["", *too_much] if too_much else ["", "No kernel spills registers."]))
+    return 1 if too_much else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
