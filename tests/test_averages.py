@@ -70,6 +70,30 @@ def test_one_step(rng, backend, dtype):
                 assert not averages.averaged(total, spoilt, 0.9, 0.3)[1]
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (2, 3, 3)])
+def test_the_symmetric_part(xp, rng, shape):
+    total, new = rng.normal(size=shape), rng.normal(size=shape)
+    average = averages.MovingAverage(xp.asarray(total), zero_debias=False)
+    average.update(xp.asarray(new), decay=0.5, weight=0.25, symmetrize=True)
+    assert_close(average.value, 0.5 * total + 0.125 * (new + np.swapaxes(new, -1, -2)), 1e-15)
+
+
+def test_the_compiled_symmetric_part(rng):
+    total, new = (x + x.T for x in rng.normal(size=(2, 7, 7)))
+    with kfac_xp.use_backend("numba"):
+        expected, _ = averages.averaged(total, new, 0.5, 0.25)
+        tilted = new + np.triu(new, 1) - np.tril(new, -1)
+        result, finite = averages.averaged(total, tilted, 0.5, 0.25, symmetrize=True)
+    assert_close(result, expected, 1e-15)
+    assert np.array_equal(result, result.T)
+    assert finite
+
+
+def test_only_square_matrices_have_a_symmetric_part():
+    with pytest.raises(ValueError, match=r"`new` must be square .* got shape \(3, 2\)"):
+        averages.averaged(np.ones((3, 2)), np.ones((3, 2)), 0.5, 0.5, symmetrize=True)
+
+
 def test_large_averages_are_compiled_and_stay_symmetric(rng):
     total, new = (x + x.T for x in rng.normal(size=(2, 131, 131)).astype(np.float32))
     assert explain(averages.averaged, total, new, 0.9, 1.0).startswith("averaged: numba")

@@ -13,13 +13,18 @@ from kfac_xp import (
     conv_squared_outer,
     explain,
     extract_patches,
+    pack_symmetric,
     squared_outer,
+    unpack_symmetric,
     use_backend,
 )
+from kfac_xp.averages import averaged
 from kfac_xp.backend import Condition, KernelOp, kept_like
+from kfac_xp.patch_covariance import correlation_blocks
 from tests.cases import to_numpy
 
-OPS = [extract_patches, squared_outer, conv_squared_outer]
+OPS = [extract_patches, squared_outer, conv_squared_outer, pack_symmetric, unpack_symmetric]
+OPS += [averaged, correlation_blocks]
 IMAGES = np.ones((2, 4, 4, 3))
 FILTER = ConvGeometry.create((3, 3))
 
@@ -227,12 +232,22 @@ class TestRegistrations:
         grouped = explain(conv_squared_outer, IMAGES, IMAGES, geometry, groups=3)
         assert grouped.startswith("conv_squared_outer: numba")
         monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
-        for options in ({"groups": 3}, {"rotations": pair}):
-            with (
-                use_backend("cuda"),
-                pytest.raises(ValueError, match="not rotated, without groups"),
-            ):
-                conv_squared_outer(IMAGES, IMAGES, geometry, **options)
+        with use_backend("cuda"):
+            on_cuda = explain(conv_squared_outer, IMAGES, IMAGES, geometry, groups=3)
+            assert on_cuda == "conv_squared_outer: cuda, because `use_backend` asks for it"
+            with pytest.raises(ValueError, match="three spatial axes, not rotated"):
+                conv_squared_outer(IMAGES, IMAGES, geometry, rotations=pair)
+
+    def test_halves_and_large_cases_on_cuda(self, monkeypatch):
+        monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
+        half = np.ones((2, 4, 3), dtype=np.float16)
+        # Nothing is allocated: every row is the same.
+        large = np.broadcast_to(np.float32(1), (2, 2**16, 2**15))
+        with use_backend("cuda"):
+            text = explain(squared_outer, half, half)
+            assert text == "squared_outer: cuda, because `use_backend` asks for it"
+            with pytest.raises(ValueError, match="less than 2\\*\\*31 entries a case"):
+                squared_outer(large, large)
 
     @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
     def test_cuda_is_never_picked_unmeasured(self, op, monkeypatch):
@@ -242,6 +257,10 @@ class TestRegistrations:
             "extract_patches": (IMAGES, FILTER),
             "squared_outer": (np.ones((2, 4, 20)), np.ones((2, 4, 20))),
             "conv_squared_outer": (IMAGES, np.ones((2, 4, 4, 5)), FILTER),
+            "pack_symmetric": (np.eye(3),),
+            "unpack_symmetric": (np.ones(6),),
+            "averaged": (np.eye(3), np.eye(3), 0.9, 0.1),
+            "correlation_blocks": (np.ones((1, 1, 2, 1, 2)), None),
         }[op.name]
         assert explain(op, *arguments).endswith(
             "reference, because the cuda kernel was never measured on this device; "
