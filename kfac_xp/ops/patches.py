@@ -137,9 +137,12 @@ def require_images(name: str, images: Array, geometry: ConvGeometry) -> None:
         )
 
 
-def has_small_cases(x: Array) -> bool:
-    """True if integers of 32 bits number what there is of one case."""
-    return math.prod(x.shape[1:]) < 2**31
+def has_small_cases(x: Array, geometry: ConvGeometry | None = None) -> bool:
+    """True if integers of 32 bits number what there is of one case, with a geometry's padding."""
+    *space, channels = x.shape[1:]
+    if geometry is not None:
+        space = [n + sum(pair) for n, pair in zip(space, geometry.pads(space), strict=True)]
+    return math.prod(space) * channels < 2**31
 
 
 _ACCEPTED = Condition(
@@ -151,9 +154,12 @@ _ACCEPTED = Condition(
 _WINS = Condition("filters of more than one tap", lambda inputs, geometry: geometry.num_taps > 1)
 extract_patches.register("numba", f"{CPU}.patches:extract_patches", accepts=_ACCEPTED, wins=_WINS)
 _ACCEPTED_ON_CUDA = Condition(
-    "float16, float32 or float64 with up to three spatial axes and less than 2**31 entries a case",
+    "float16, float32 or float64 with up to three spatial axes and less than 2**31 entries a case, "
+    "padding included",
     lambda inputs, geometry: (
-        is_one_float(inputs, half=True) and geometry.num_axes <= 3 and has_small_cases(inputs)
+        is_one_float(inputs, half=True)
+        and geometry.num_axes <= 3
+        and has_small_cases(inputs, geometry)
     ),
 )
 extract_patches.register(

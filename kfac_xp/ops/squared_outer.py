@@ -342,7 +342,7 @@ def _accepts_on_cuda(
     **options: Any,
 ) -> bool:
     is_float = is_one_float(inputs, outputs_grad, patch_mask, half=True)
-    is_small = has_small_cases(inputs) and has_small_cases(outputs_grad)
+    is_small = has_small_cases(inputs, geometry) and has_small_cases(outputs_grad)
     return is_float and is_small and geometry.num_axes <= 3 and rotations is None
 
 
