@@ -27,20 +27,22 @@ def correlation_blocks(
     with halves.device:
         out = cupy.empty((side, side), dtype=halves.dtype)
         if out.size > 0:
-            tables = tables_of(layout)
-            ends = np.cumsum([table.size for table in tables])
-            # One transfer for all of them.
-            moved = cupy.asarray(np.concatenate([table.reshape(-1) for table in tables]))
-            tables = [
-                moved[end - table.size : end].reshape(table.shape)
-                for table, end in zip(tables, ends, strict=True)
-            ]
+            stream = cupy.cuda.get_current_stream().ptr
+            tables = _kept_tables(layout, str(halves.device), stream)
             # Without a last row, any vector will do.
             vector, matrix = on_device(halves.reshape(-1) if last is None else last, out)
             for number, (part, table) in enumerate(zip((halves, *borders), tables, strict=True)):
                 arrays = on_device(part, table)
                 launch(*arrays, vector, matrix, adds=number > 0, stream=current_stream())
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_tables(layout: Any, device: str, stream: int) -> list[Any]:
+    """`tables_of` the layout, moved once for each device and stream to the current ones."""
+    import cupy
+
+    return [cupy.asarray(table) for table in tables_of(layout)]
 
 
 def tables_of(layout: Any) -> list[np.ndarray]:

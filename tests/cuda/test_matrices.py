@@ -1,10 +1,11 @@
 """Kernels of symmetric matrices in Numba's simulator: see ``test_convolutions.py``."""
 
 import functools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from kfac_xp.patch_covariance.blocks import BlockLayout
 
 SQUARES = [(2, 2), (3, 1), (4, 2)]
 
@@ -130,7 +131,7 @@ class TestCorrelationBlocks:
             taps = np.arange(4)
             pairs = np.stack([3 + taps - taps[:, None], 1 + np.sign(taps - taps[:, None])])
             blocks = np.array([[0, 1, 1, 0], [-1, 2, 0, -1]])
-            layout = SimpleNamespace(shape=(2, 2), pairs=pairs, blocks=blocks)
+            layout = BlockLayout((2, 2), pairs, blocks)
             shapes = [(7, 2, channels, 2, channels), (3, 3, channels, 3, channels)]
             parts = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
             return parts, layout, rng.standard_normal(4 * channels + 1).astype(dtype)
@@ -156,7 +157,7 @@ class TestCorrelationBlocks:
         module = kernels("correlation_blocks")
         monkeypatch.setattr(module, "SQUARES", ((1, 1), (2, 1)))
         (halves, _), layout, last = arguments(channels, "float32")
-        layout.pairs, layout.blocks = layout.pairs[:1], layout.blocks[:1]
+        layout = BlockLayout((2, 2), layout.pairs[:1], layout.blocks[:1])
         out = module.correlation_blocks(on_gpu(halves), layout, last=last)
         assert out.dtype == "float32"
         np.testing.assert_allclose(out, correlated([halves], layout, channels, last), rtol=1e-5)
