@@ -112,6 +112,7 @@ FUNCTIONS = {
     ),
     "generate_random_signs": lambda p: kfac_xp.generate_random_signs(0, (3, 2), p.normal(1)),
     "kronecker_product": lambda p: kfac_xp.kronecker_product(p.normal(2, 3), p.normal(4, 1)),
+    "pack_symmetric": lambda p: kfac_xp.pack_symmetric(p.normal(2, 3, 3)),
     "patch_covariance": lambda p: [
         kfac_xp.patch_covariance(images(p), GEOMETRY, has_bias=bias, method=method)
         for bias in (False, True)
@@ -128,6 +129,7 @@ FUNCTIONS = {
         kfac_xp.squared_outer(p.normal(4, 3), p.normal(4, 2)),
         kfac_xp.squared_outer(p.normal(4, 5, 3), p.normal(4, 5, 2)),
     ],
+    "unpack_symmetric": lambda p: kfac_xp.unpack_symmetric(p.normal(2, 6)),
     "AccumulatorVariable": accumulated,
     "Diag": lambda p: operator(p, kfac_xp.Diag(p.positive(3))),
     "FullMatrix": lambda p: operator(p, kfac_xp.FullMatrix(p.covariance(3))),

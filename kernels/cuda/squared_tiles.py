@@ -31,10 +31,11 @@ class Tile(NamedTuple):
     threads_d, threads_c
         Threads along rows and columns.
     each_d, each_c
-        Rows and columns of each thread: its products are so many times two registers. `each_d` must
-        divide `threads_c` and `each_c` divide `threads_d`.
+        Rows and columns of each thread, whose products take twice as many registers. `each_d` must
+        divide `threads_c`, and `each_c` `threads_d`.
     chunk
-        Locations in shared memory at a time, not more than there are threads.
+        Locations in shared memory at a time: not more than there are threads, and a multiple of
+        both quotients.
     """
 
     threads_d: int = 16
