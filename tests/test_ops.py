@@ -390,7 +390,7 @@ def test_squares_of_any_geometry(convolution, backend):
 
 
 class TestHalfPrecision:
-    """float16 has no kernels, and its squares are added up in float32."""
+    """float16 has kernels on CUDA only, and its squares are added up in float32."""
 
     def test_patches_keep_it(self, rng):
         geometry, plain, inputs, _, _ = layer("2d", rng, "float16")
