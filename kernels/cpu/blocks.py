@@ -1,8 +1,9 @@
 """A block of a sum of outer products, made in vector registers: `ROWS` rows by one vector.
 
-What is multiplied lies at regular steps (`set_block`, `add_block`) or where lists of positions say
-(`add_listed_block`, `add_listed_square`). Compiled code that uses these intrinsics has their
-instructions in it; its cache on disk does not notice when this file changes.
+What is multiplied lies at regular steps (`set_block`, `add_block`; `set_pair`, `add_pair` for two
+vectors) or where lists of positions say (`add_listed_block`, `add_listed_square`). Compiled code
+that uses these intrinsics has their instructions in it; its cache on disk does not notice when this
+file changes.
 """
 
 from __future__ import annotations
@@ -65,12 +66,13 @@ class _Code:
         self,
         begin: Any,
         end: Any,
-        operands: Callable[[Any], tuple[Sequence[Any], Any]],
-    ) -> list[Any]:
-        """``sum_k entries[r] * columns`` for each of `ROWS` rows, k from `begin` to before `end`.
+        operands: Callable[[Any], tuple[Sequence[Any], Sequence[Any]]],
+        vectors: int = 1,
+    ) -> list[list[Any]]:
+        """``sum_k entries[r] * columns[v]`` for each of `vectors` v and `ROWS` rows r.
 
-        `operands` gives, for k, pointers to the entries and to the vector of columns. There is at
-        least one k.
+        k goes from `begin` to before `end`. For k, `operands` gives pointers to the entries and to
+        the vectors of columns. There is at least one k.
         """
         builder = self.builder
         nowhere = ir.Constant(self.vector, ir.Undefined)
@@ -83,17 +85,18 @@ class _Code:
 
         builder.position_at_end(loop)
         k = builder.phi(_INT64)
-        sums = [builder.phi(self.vector) for _ in range(ROWS)]
-        entries, columns = operands(k)
-        column = self.load_vector(columns)
-        totals = []
-        for entry, total in zip(entries, sums, strict=True):
+        sums = [[builder.phi(self.vector) for _ in range(ROWS)] for _ in range(vectors)]
+        entries, pointers = operands(k)
+        columns = [self.load_vector(pointer) for pointer in pointers]
+        totals: list[list[Any]] = [[] for _ in range(vectors)]
+        for r, entry in enumerate(entries):
             value = builder.load(entry)
             spread = builder.insert_element(nowhere, value, ir.Constant(int32, 0))
             spread = builder.shuffle_vector(spread, nowhere, everywhere)
-            totals.append(self.fused(spread, column, total))
-            total.add_incoming(zero, before)
-            total.add_incoming(totals[-1], loop)
+            for column, sum_of, total in zip(columns, sums, totals, strict=True):
+                total.append(self.fused(spread, column, sum_of[r]))
+                sum_of[r].add_incoming(zero, before)
+                sum_of[r].add_incoming(total[r], loop)
         following = builder.add(k, ir.Constant(_INT64, 1))
         k.add_incoming(begin, before)
         k.add_incoming(following, loop)
@@ -130,19 +133,121 @@ def _block_at_steps(kind: str) -> Any:
 
         def generate(context, builder, signature, args):
             code = _Code(context, builder, signature, args)
-            rows, columns = code.pointer(0, 1), code.pointer(3, 4)
-
-            def operands(k):
-                row = builder.gep(rows, [builder.mul(k, args[2])])
-                return _rows_from(code, row), builder.gep(columns, [builder.mul(k, args[5])])
-
-            totals = code.summed(ir.Constant(_INT64, 0), args[6], operands)
+            rows, columns = code.pointer(0, 1), [code.pointer(3, 4)]
+            (totals,) = _summed_at_steps(code, rows, args[2], columns, args[5], args[6])
             code.store(totals, code.pointer(7, 8), args[9], kind)
             return context.get_dummy_value()
 
         return signature, generate
 
     return intrinsic(block)
+
+
+def _pair_at_steps(kind: str) -> Any:
+    def pair(
+        typing_context,
+        a,
+        a_at,
+        a_step,
+        b,
+        b_at,
+        b_other,
+        b_step,
+        count,
+        out,
+        out_at,
+        out_other,
+        out_step,
+    ):
+        """As a block at steps, for two vectors of columns.
+
+        `other` leads from the first vector to the second. Entries are then loaded once for both:
+        with as many registers as AVX-512 has, the sums are no longer bound by loads.
+        """
+        signature = types.void(
+            *(a, a_at, a_step, b, b_at, b_other, b_step),
+            *(count, out, out_at, out_other, out_step),
+        )
+
+        def generate(context, builder, signature, args):
+            code = _Code(context, builder, signature, args)
+            rows, first, target = code.pointer(0, 1), code.pointer(3, 4), code.pointer(8, 9)
+            columns = [first, builder.gep(first, [args[5]])]
+            targets = [target, builder.gep(target, [args[10]])]
+            together = [columns] if VECTOR_BYTES == 64 else [columns[:1], columns[1:]]
+            done = []
+            for some in together:
+                done += _summed_at_steps(code, rows, args[2], some, args[6], args[7])
+            for totals, block in zip(done, targets, strict=True):
+                code.store(totals, block, args[11], kind)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return intrinsic(pair)
+
+
+@intrinsic
+def set_complex(
+    typing_context,
+    a,
+    a_at,
+    a_step,
+    b,
+    b_at,
+    b_step,
+    count,
+    parts,
+    rotated,
+    at,
+    step,
+    other,
+    numbers,
+):
+    """A block whose rows are real and imaginary parts in turn, of `numbers` complex rows.
+
+    A real part x goes to `parts` and x + y to `rotated`, both at `at`, with `step` to the next
+    number; the imaginary part y goes to `parts` and y - x to `rotated`, `other` further on. `a` and
+    `b` are as for a block at steps; at most ROWS / 2 numbers are written.
+    """
+    signature = types.void(
+        a, a_at, a_step, b, b_at, b_step, count, parts, rotated, at, step, other, numbers
+    )
+
+    def generate(context, builder, signature, args):
+        code = _Code(context, builder, signature, args)
+        rows, columns = code.pointer(0, 1), [code.pointer(3, 4)]
+        (totals,) = _summed_at_steps(code, rows, args[2], columns, args[5], args[6])
+        for i in range(ROWS // 2):
+            number = ir.Constant(_INT64, i)
+            with builder.if_then(builder.icmp_signed("<", number, args[12])):
+                real, imaginary = totals[2 * i : 2 * i + 2]
+                first = builder.mul(number, args[10])
+                second = builder.add(first, args[11])
+                for array, x, y in (
+                    (7, real, imaginary),
+                    (8, builder.fadd(real, imaginary), builder.fsub(imaginary, real)),
+                ):
+                    base = code.pointer(array, 9)
+                    for value, offset in ((x, first), (y, second)):
+                        target = code.vector_at(builder.gep(base, [offset]))
+                        builder.store(value, target, align=code.bytes_each)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _summed_at_steps(
+    code: _Code, rows: Any, row_step: Any, columns: Sequence[Any], step: Any, count: Any
+) -> list[list[Any]]:
+    builder = code.builder
+
+    def operands(k):
+        at = builder.mul(k, step)
+        row = builder.gep(rows, [builder.mul(k, row_step)])
+        return _rows_from(code, row), [builder.gep(column, [at]) for column in columns]
+
+    return code.summed(ir.Constant(_INT64, 0), count, operands, len(columns))
 
 
 def _listed_block(kind: str) -> Any:
@@ -172,9 +277,9 @@ def _listed_block(kind: str) -> Any:
                 position = builder.load(builder.gep(position_of, [i]))
                 place = builder.load(builder.gep(place_of, [i]))
                 entries = [builder.gep(start, [position]) for start in starts]
-                return entries, builder.gep(columns, [place])
+                return entries, [builder.gep(columns, [place])]
 
-            totals = code.summed(args[5], args[6], operands)
+            (totals,) = code.summed(args[5], args[6], operands)
             code.store(totals, code.pointer(9, 10), ir.Constant(_INT64, code.width), kind)
             return context.get_dummy_value()
 
@@ -184,4 +289,5 @@ def _listed_block(kind: str) -> Any:
 
 
 set_block, add_block = _block_at_steps("set"), _block_at_steps("add")
+set_pair, add_pair = _pair_at_steps("set"), _pair_at_steps("add")
 add_listed_block, add_listed_square = _listed_block("add"), _listed_block("add square")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-LIMIT = 2**25
+LIMIT = 2**27
 """Bytes kept for each thread, at most. What does not fit is allocated as usual."""
 
 _ALIGNMENT = 64

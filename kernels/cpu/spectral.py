@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.kernels.cpu import scratch
-from kfac_xp.kernels.cpu.blocks import ROWS, VECTOR_BYTES, add_block, lanes, padded, set_block
+from kfac_xp.kernels.cpu.blocks import (
+    ROWS,
+    VECTOR_BYTES,
+    add_pair,
+    lanes,
+    padded,
+    set_block,
+    set_complex,
+    set_pair,
+)
 from kfac_xp.kernels.cpu.jit import compiled
 from kfac_xp.kernels.cpu.threads import run_in_parts
 
@@ -27,15 +36,18 @@ from kfac_xp.kernels.cpu.threads import run_in_parts
 _FREQUENCIES = 64
 # Elements of lines that should stay in the first level of the cache.
 _NEAR = 2**12
-# Elements of transforms that should stay in the second level of the cache.
-_CACHED = 2**20
+# Elements of transforms that should stay in the cache that the cores share. With fewer of them
+# threads are started more often.
+_CACHED = 2**21
 
 
 def phased_correlations(images: Any, phases: Any, transforms: Sequence[Any], workspace: int) -> Any:
     """See ``kfac_xp.patch_covariance.spectral.phased_correlations``."""
     num_offsets, num_first, num_others = phases.shape
     num_cases, channels = images.shape[0], images.shape[-1]
-    sums = scratch.zeros((padded(num_offsets), channels, channels), images.dtype)
+    sums = scratch.empty((padded(num_offsets), channels, channels), images.dtype)
+    if images.size == 0 or num_first * num_others == 0:
+        sums[...] = 0
     # The same sizes as the reference's: lines of some first frequencies, parts of fewer.
     per_line = 2 * math.prod(images.shape[2:])
     per_part = 4 * num_others * channels
@@ -45,7 +57,7 @@ def phased_correlations(images: Any, phases: Any, transforms: Sequence[Any], wor
     inner = max(_CACHED // (per_part * cases), _FREQUENCIES // num_others)
     inner = max(1, min(inner, chunk, budget // (per_part * cases)))
 
-    def add(lines: Any, weights: Any, first: int, group: int) -> None:
+    def add(lines: Any, weights: Any, first: int, group: int, begins: bool) -> None:
         """The frequencies from `first` on, whose lines are from `group` on."""
         matrix = transforms[-1]
         if len(transforms) == 1:  # its frequencies are the first, of one group
@@ -59,6 +71,7 @@ def phased_correlations(images: Any, phases: Any, transforms: Sequence[Any], wor
             weights.reshape(-1, per_group, weights.shape[2]),
             sums,
             group,
+            begins,
         )
 
     with scratch.frame():
@@ -73,7 +86,7 @@ def phased_correlations(images: Any, phases: Any, transforms: Sequence[Any], wor
                     for i in range(low, high, inner):
                         j = min(i + inner, high)
                         with scratch.frame():
-                            add(lines, weights[i:j], i, i - low)
+                            add(lines, weights[i:j], i, i - low, start + i == 0)
     return sums[:num_offsets]
 
 
@@ -102,7 +115,7 @@ def _lines(images: Any, transforms: Sequence[Any], low: int, high: int) -> Any:
     return x.reshape(num_cases, x.shape[1], -1, channels)
 
 
-def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int) -> None:
+def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int, begins: bool) -> None:
     """Transform lines to panels, and add the products of their frequencies.
 
     Parameters
@@ -113,6 +126,8 @@ def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int) -> 
     sums : shape [offsets padded, C, C]
     first_group
         Which of the lines' groups is the first.
+    begins
+        Whether the sums are written in place of being added to.
     """
     groups, others, num_offsets = weights.shape
     num_cases, _, _, channels = lines.shape
@@ -128,7 +143,7 @@ def _add(lines: Any, matrix: Any, weights: Any, sums: Any, first_group: int) -> 
     )
     weights = weights.reshape(-1, num_offsets)
     run_in_parts(
-        lambda first, last: _add_products(parts, rotated, weights, sums, first, last),
+        lambda first, last: _add_products(parts, rotated, weights, sums, begins, first, last),
         count=channels // ROWS,
         work=len(weights) * (2 * num_cases + num_offsets) * channels**2,
     )
@@ -151,12 +166,19 @@ def _transform_lines(matrix, images, out, first, last):
     num_cases, size, columns = images.shape
     rows, width = matrix.shape[1], VECTOR_BYTES // matrix.itemsize
     for n in range(num_cases):
-        for v in range(first, last):
+        for v in range(first, last, 2):
+            start, to = n * size * columns + v * width, n * rows * columns + v * width
             for r in range(0, rows, ROWS):
-                set_block(
-                    *(matrix, r, rows, images, n * size * columns + v * width, columns, size),
-                    *(out, (n * rows + r) * columns + v * width, columns),
-                )
+                if v + 1 < last:
+                    set_pair(
+                        *(matrix, r, rows, images, start, width, columns, size),
+                        *(out, to + r * columns, width, columns),
+                    )
+                else:
+                    set_block(
+                        *(matrix, r, rows, images, start, columns, size),
+                        *(out, to + r * columns, columns),
+                    )
 
 
 @compiled
@@ -167,57 +189,66 @@ def _transform_panels(matrix, lines, first_group, groups, others, parts, rotated
     and `rotated` are [groups * others, panels, (part, n), width].
     """
     num_cases, all_groups, length, channels = lines.shape
-    width = parts.shape[3]
-    block = np.empty((ROWS, width), lines.dtype)
+    panels, width = parts.shape[1], parts.shape[3]
     # Consecutive cases are written side by side; so many of them as stay in the first level.
     some = max(1, _NEAR // (length * width))
+    of_panel = 2 * num_cases * width
     for group in range(groups):
         for panel in range(first, last):
             for n_0 in range(0, num_cases, some):
                 for r in range(0, matrix.shape[1], ROWS):
+                    f = group * others + r // 2
                     for n in range(n_0, min(n_0 + some, num_cases)):
                         line = (n * all_groups + first_group + group) * length * channels
-                        set_block(
+                        set_complex(
                             *(matrix, r, matrix.shape[1], lines, line + panel * width, channels),
-                            *(length, block, 0, width),
+                            *(length, parts, rotated, (f * panels + panel) * of_panel + n * width),
+                            *(panels * of_panel, num_cases * width, others - r // 2),
                         )
-                        for i in range(min(ROWS // 2, others - r // 2)):
-                            f = group * others + r // 2 + i
-                            for c in range(width):
-                                real, imaginary = block[2 * i, c], block[2 * i + 1, c]
-                                parts[f, panel, n, c] = real
-                                parts[f, panel, num_cases + n, c] = imaginary
-                                rotated[f, panel, n, c] = real + imaginary
-                                rotated[f, panel, num_cases + n, c] = imaginary - real
 
 
 @compiled
-def _add_products(parts, rotated, weights, sums, first, last):
+def _add_products(parts, rotated, weights, sums, begins, first, last):
     """``sums[d] += sum_f weights[f, d] parts[f]^T rotated[f]`` for the blocks `first` to `last`.
 
     Blocks are of rows of the sums [offsets padded, C, C]; `weights` is [F, offsets padded], the
-    others [F, panels, K, width].
+    others [F, panels, K, width]. With `begins` the sums are written, whatever they hold.
     """
     num_frequencies, panels, size, width = parts.shape
     num_offsets, channels, _ = sums.shape
-    products = np.empty((_FREQUENCIES, ROWS, width), parts.dtype)
-    step = panels * size * width
+    # Of two panels, each [frequency, row, column].
+    products = np.empty((2, _FREQUENCIES, ROWS, width), parts.dtype)
+    step, of_panel = panels * size * width, _FREQUENCIES * ROWS * width
     for begin in range(0, num_frequencies, _FREQUENCIES):
         count = min(_FREQUENCIES, num_frequencies - begin)
         for block in range(first, last):
             row = block * ROWS
             left = (row // width) * size * width + row % width
-            for panel in range(panels):
+            for panel in range(0, panels, 2):
+                together = min(2, panels - panel)
                 for f in range(count):
                     start = (begin + f) * step
-                    set_block(
-                        *(parts, start + left, width, rotated, start + panel * size * width),
-                        *(width, size, products, f * ROWS * width, width),
-                    )
-                for d in range(0, num_offsets, ROWS):
-                    for r in range(ROWS):
-                        at = (d * channels + row + r) * channels + panel * width
-                        add_block(
-                            *(weights, begin * num_offsets + d, num_offsets, products),
-                            *(r * width, ROWS * width, count, sums, at, channels * channels),
+                    right = start + panel * size * width
+                    if together == 2:
+                        set_pair(
+                            *(parts, start + left, width, rotated, right, size * width, width),
+                            *(size, products, f * ROWS * width, of_panel, width),
                         )
+                    else:
+                        set_block(
+                            *(parts, start + left, width, rotated, right, width),
+                            *(size, products, f * ROWS * width, width),
+                        )
+                for d in range(0, num_offsets, ROWS):
+                    for p in range(together):
+                        for r in range(0, ROWS, 2):
+                            at = (d * channels + row + r) * channels + (panel + p) * width
+                            arguments = (
+                                *(weights, begin * num_offsets + d, num_offsets, products),
+                                *(p * of_panel + r * width, width, ROWS * width, count),
+                                *(sums, at, channels, channels * channels),
+                            )
+                            if begins and begin == 0:
+                                set_pair(*arguments)
+                            else:
+                                add_pair(*arguments)

@@ -23,9 +23,10 @@ def averaged(total: Any, new: Any, decay: Any, weight: Any, symmetrize: bool = F
         out, finite = cupy.empty(new.shape, dtype=new.dtype), cupy.ones((), dtype=cupy.bool_)
         if out.size > 0:
             shape = (-1, *new.shape[-2:]) if symmetrize else (-1,)
-            arrays = on_device(*(a.reshape(shape) for a in (total, new, out)), finite.reshape(1))
+            shaped = (a.reshape(shape) for a in (total, new, out))
+            old, added, result, flag = on_device(*shaped, finite.reshape(1))
             factors = _readable(decay, new.dtype), _readable(weight, new.dtype)
-            launch(*arrays[:2], *factors, *arrays[2:], stream=current_stream())
+            launch(old, added, *factors, result, flag, stream=current_stream())
     return out, finite
 
 

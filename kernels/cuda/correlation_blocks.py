@@ -32,8 +32,8 @@ def correlation_blocks(
             # Without a last row, any vector will do.
             vector, matrix = on_device(halves.reshape(-1) if last is None else last, out)
             for number, (part, table) in enumerate(zip((halves, *borders), tables, strict=True)):
-                arrays = on_device(part, table)
-                launch(*arrays, vector, matrix, adds=number > 0, stream=current_stream())
+                added, taps = on_device(part, table)
+                launch(added, taps, vector, matrix, adds=number > 0, stream=current_stream())
     return out
 
 
