@@ -19,7 +19,7 @@ from kfac_xp import (
     use_backend,
 )
 from kfac_xp.averages import averaged
-from kfac_xp.backend import Condition, KernelOp, kept_like
+from kfac_xp.backend import Condition, KernelOp, kept_like, registry
 from kfac_xp.patch_covariance import correlation_blocks
 from tests.cases import to_numpy
 
@@ -231,7 +231,7 @@ class TestRegistrations:
         assert rotated.startswith("conv_squared_outer: reference, because the numba kernel takes")
         grouped = explain(conv_squared_outer, IMAGES, IMAGES, geometry, groups=3)
         assert grouped.startswith("conv_squared_outer: numba")
-        monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
+        monkeypatch.setattr(registry, "_kernel_backend", lambda x: ("cuda", ""))
         with use_backend("cuda"):
             on_cuda = explain(conv_squared_outer, IMAGES, IMAGES, geometry, groups=3)
             assert on_cuda == "conv_squared_outer: cuda, because `use_backend` asks for it"
@@ -239,7 +239,7 @@ class TestRegistrations:
                 conv_squared_outer(IMAGES, IMAGES, geometry, rotations=pair)
 
     def test_halves_and_large_cases_on_cuda(self, monkeypatch):
-        monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
+        monkeypatch.setattr(registry, "_kernel_backend", lambda x: ("cuda", ""))
         half = np.ones((2, 4, 3), dtype=np.float16)
         # Nothing is allocated: every row is the same.
         large = np.broadcast_to(np.float32(1), (2, 2**16, 2**15))
@@ -252,7 +252,7 @@ class TestRegistrations:
     @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
     def test_cuda_is_never_picked_unmeasured(self, op, monkeypatch):
         # As if the arrays were CuPy's; nothing is launched.
-        monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
+        monkeypatch.setattr(registry, "_kernel_backend", lambda x: ("cuda", ""))
         arguments = {
             "extract_patches": (IMAGES, FILTER),
             "squared_outer": (np.ones((2, 4, 20)), np.ones((2, 4, 20))),

@@ -8,6 +8,7 @@ import pytest
 
 import kfac_xp
 from kfac_xp import ConvGeometry, backend, explain, measurements, patch_covariance, squared_outer
+from kfac_xp.backend import registry
 from kfac_xp.calibration import (
     EXAMPLES,
     Device,
@@ -46,8 +47,8 @@ def kept(monkeypatch, tmp_path):
 @pytest.fixture
 def card(kept, monkeypatch):
     """NumPy's arrays pass for those of a card; nothing is launched."""
-    monkeypatch.setattr(backend, "_kernel_backend", lambda x: ("cuda", ""))
-    for module in (backend, rates):
+    monkeypatch.setattr(registry, "_kernel_backend", lambda x: ("cuda", ""))
+    for module in (registry, rates):
         monkeypatch.setattr(module, "device_kind", lambda x: CARD)
     return Device(CARD, np, lambda: None, work=2e4)
 
