@@ -12,6 +12,7 @@ import pytest
 import kfac_xp
 from kfac_xp import ConvGeometry, use_backend
 from kfac_xp.averages import averaged
+from kfac_xp.patch_covariance.offsets import shifted_products
 from tests.cases import to_numpy
 from tests.conftest import namespace
 
@@ -141,6 +142,15 @@ def test_correlation_blocks(on_gpu, rng, method, dtype, channels, has_bias):
     out = kfac_xp.patch_covariance(on_gpu(images), geometry, method=method, **options)
     assert_is(out, expected, dtype)
     np.testing.assert_array_equal(to_numpy(out), to_numpy(out).T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("steps", [(0,), (0, 1, 2, 60, 61, 62, 63, 64), (0, 3, 4, 9)])
+def test_shifted_products(on_gpu, rng, steps, dtype):
+    rows = rng.standard_normal((3000, 37)).astype(dtype)
+    rows[len(rows) - max(steps) :] = 0
+    expected = in_numpy(shifted_products, rows, steps)
+    assert_is(shifted_products(on_gpu(rows), steps), expected, dtype)
 
 
 @every_dtype

@@ -91,6 +91,16 @@ def _blocks(c: int) -> Example:
     return Example(f"3x3 C{c}", arguments)
 
 
+def _shifted(n: int, h: int, c: int) -> Example:
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        width = h + 2
+        steps = [y * width + x for y in range(3) for x in range(-2, 3) if y or x >= 0]
+        # The zeros behind the last image do not change the time.
+        return draw(n * width**2, c), tuple(steps)
+
+    return Example(f"3x3 N{n} H{h} C{c}", arguments)
+
+
 # Kronecker factors of small and large layers.
 _SIZES = (16, 64, 256, 1024, 4096)
 
@@ -122,6 +132,7 @@ EXAMPLES: Mapping[str, Sequence[Example]] = {
     "averaged": [_average(d) for d in _SIZES],
     "correlation_blocks": [_blocks(c) for c in (3, 16, 64, 256, 512)],
     "pack_symmetric": [_square(d) for d in _SIZES],
+    "shifted_products": [_shifted(32, h, c) for h, c in _LAYERS],
     "unpack_symmetric": [_triangle(d) for d in _SIZES],
 }
 """``{op: examples}``. An op with a CUDA kernel has some, or the kernel is never measured."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 
-from kfac_xp.backend import Condition, KernelOp, array_namespace, is_one_float, itemsize
+from kfac_xp.backend import (
+    UNMEASURED,
+    Condition,
+    KernelOp,
+    array_namespace,
+    device_of,
+    is_one_float,
+    itemsize,
+)
 from kfac_xp.linalg import pad_with_zeros, symmetrized
 from kfac_xp.patch_covariance.lattice import ranges
 from kfac_xp.typing import Array
@@ -39,18 +47,39 @@ def offset_correlations(
     pads = [(0, max(d)) for d in offsets]
     widths = [n + after for n, (_, after) in zip(sizes, pads, strict=True)]
     every_offset = list(itertools.product(*offsets))
-    steps = [_rows_between(d, widths) for d in every_offset[len(every_offset) // 2 :]]
+    steps = tuple(_rows_between(d, widths) for d in every_offset[len(every_offset) // 2 :])
     per_case = math.prod(widths)
     cases = max(1, workspace // max(1, itemsize(images) * per_case * channels))
-    total: list[Array] = []
+    total = None
     for start, stop in ranges(num_cases, cases):
         padded = pad_with_zeros(images[start:stop, ...], pads)
-        rows = xp.reshape(padded, (-1, channels))
-        products = [_product(rows, step) for step in steps]
-        total = [t + p for t, p in zip(total, products, strict=True)] if total else products
-    half = xp.stack(total) * scale
+        products = shifted_products(xp.reshape(padded, (-1, channels)), steps)
+        total = products if total is None else total + products
+    if total is None:  # no cases
+        total = xp.zeros(
+            (len(steps), channels, channels), dtype=images.dtype, device=device_of(images)
+        )
+    half = total * scale
     half = xp.concat([half[:1, ...] / 2, half[1:, ...]], axis=0)
     return xp.concat([xp.zeros_like(half[1:, ...]), half], axis=0)
+
+
+@KernelOp
+def shifted_products(rows: Array, steps: tuple[int, ...]) -> Array:
+    """``out[i] = sum_m outer(rows[m], rows[m + steps[i]])``: rows times the same rows further down.
+
+    Parameters
+    ----------
+    rows : shape [M, C]
+        The last ``max(steps)`` of them are zero.
+    steps
+        Not negative.
+
+    Returns
+    -------
+    Array of shape [len(steps), C, C].
+    """
+    return array_namespace(rows).stack([_product(rows, step) for step in steps])
 
 
 @KernelOp
@@ -81,4 +110,10 @@ second_moment.register(
         "float32 or float64 with a multiple of 16 columns",
         lambda rows: is_one_float(rows) and rows.shape[1] % 16 == 0,
     ),
+)
+shifted_products.register(
+    "cuda",
+    "kfac_xp.kernels.cuda.shifted_products:shifted_products",
+    accepts=Condition("float32 or float64", lambda rows, steps: is_one_float(rows)),
+    wins=UNMEASURED,
 )
