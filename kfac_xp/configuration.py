@@ -40,6 +40,10 @@ _THREAD_VARIABLES = (
 )
 
 
+_AVX512 = ("AVX512", "X86_V4")
+"""What NumPy calls it, older and newer versions."""
+
+
 def config() -> dict[str, Any]:
     """What `show_config` prints, as nested dicts of strings and numbers.
 
@@ -94,10 +98,26 @@ def _threads() -> dict[str, Any]:
     if find_spec("threadpoolctl") is not None:
         for pool in importlib.import_module("threadpoolctl").threadpool_info():
             name = f"{pool['internal_api']} {pool.get('version') or ''}".strip()
-            found[name] = f"{pool['num_threads']} threads"
+            found[name] = f"{pool['num_threads']} threads{_kernels_of(pool)}"
     if "numba" in sys.modules:
         found["numba"] = f"{sys.modules['numba'].get_num_threads()} threads"
     return found
+
+
+def _kernels_of(pool: Mapping[str, Any]) -> str:
+    """For which processor a BLAS has chosen its kernels, with advice where it knows no better.
+
+    OpenBLAS takes kernels of AVX2 on processors that it does not know, such as recent ones of AMD
+    with AVX-512: matrix products then run at half of their speed.
+    """
+    chosen = pool.get("architecture")
+    if chosen is None:
+        return ""
+    simd: Any = np.show_config(mode="dicts")
+    has_avx512 = any(name.startswith(_AVX512) for name in simd["SIMD Extensions"]["found"])
+    if chosen in ("Haswell", "Zen") and has_avx512:
+        return f", kernels for {chosen}; with AVX-512 try OPENBLAS_CORETYPE=SkylakeX"
+    return f", kernels for {chosen}"
 
 
 def _numpy_blas() -> str:

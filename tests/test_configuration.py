@@ -70,6 +70,26 @@ def test_without_a_gpu(nothing_measured, monkeypatch, is_installed):
     assert config()["gpus"] == {"CuPy": "finds no device" if is_installed else "not installed"}
 
 
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [(["AVX2", "AVX512F"], True), (["X86_V3", "X86_V4"], True), (["X86_V3"], False)],
+)
+def test_products_at_half_speed_are_noticed(nothing_measured, monkeypatch, found, advice):
+    pools = [
+        {"internal_api": "openblas", "num_threads": 2, "architecture": "Haswell"},
+        {"internal_api": "mkl", "num_threads": 1},
+    ]
+    shown = {"Build Dependencies": {}, "SIMD Extensions": {"found": found}}
+    monkeypatch.setattr(module.np, "show_config", lambda mode: shown)
+    threadpoolctl = SimpleNamespace(threadpool_info=lambda: pools)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", threadpoolctl)
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    threads = config()["threads"]
+    assert threads["openblas"].startswith("2 threads, kernels for Haswell")
+    assert ("OPENBLAS_CORETYPE=SkylakeX" in threads["openblas"]) is advice
+    assert threads["mkl"] == "1 threads"
+
+
 def test_two_cards(nothing_measured, monkeypatch):
     runtime = SimpleNamespace(
         driverGetVersion=lambda: 13000,
