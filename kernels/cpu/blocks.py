@@ -1,9 +1,9 @@
 """A block of a sum of outer products, made in vector registers: `ROWS` rows by one vector.
 
 What is multiplied lies at regular steps (`set_block`, `add_block`; `set_pair`, `add_pair` for two
-vectors) or where lists of positions say (`add_listed_block`, `add_listed_square`). Compiled code
-that uses these intrinsics has their instructions in it; its cache on disk does not notice when this
-file changes.
+vectors) or where lists of positions say (`add_listed_block`, `add_listed_square` and their pairs).
+Compiled code that uses these intrinsics has their instructions in it; its cache on disk does not
+notice when this file changes.
 """
 
 from __future__ import annotations
@@ -174,9 +174,8 @@ def _pair_at_steps(kind: str) -> Any:
             rows, first, target = code.pointer(0, 1), code.pointer(3, 4), code.pointer(8, 9)
             columns = [first, builder.gep(first, [args[5]])]
             targets = [target, builder.gep(target, [args[10]])]
-            together = [columns] if VECTOR_BYTES == 64 else [columns[:1], columns[1:]]
             done = []
-            for some in together:
+            for some in _together(columns):
                 done += _summed_at_steps(code, rows, args[2], some, args[6], args[7])
             for totals, block in zip(done, targets, strict=True):
                 code.store(totals, block, args[11], kind)
@@ -250,44 +249,71 @@ def _summed_at_steps(
     return code.summed(ir.Constant(_INT64, 0), count, operands, len(columns))
 
 
-def _listed_block(kind: str) -> Any:
-    def block(
-        typing_context, image, corner, rows, positions, places, first, last, grads, panel, sums, at
+def _listed_blocks(kind: str, vectors: int) -> Any:
+    def blocks(
+        typing_context,
+        image,
+        corner,
+        rows,
+        positions,
+        places,
+        first,
+        last,
+        grads,
+        panel,
+        other,
+        sums,
+        at,
     ):
         """Add ``sum_i outer(image[positions[i] + rows], grads[places[i]])``, or its square.
 
         Arrays are contiguous and taken as flat; `corner`, `panel` and `at` are where the case in
         `image`, its vector of columns in `grads` and the block in `sums` begin. The sum is over
-        the entries `first` to `last`, at least one.
+        the entries `first` to `last`, at least one. Of a pair `other` leads from one vector of
+        columns to the next; its second block lies behind the first.
         """
         signature = types.void(
-            image, corner, rows, positions, places, first, last, grads, panel, sums, at
+            *(image, corner, rows, positions, places, first, last),
+            *(grads, panel, other, sums, at),
         )
 
         def generate(context, builder, signature, args):
             code = _Code(context, builder, signature, args)
-            case, columns = code.pointer(0, 1), code.pointer(7, 8)
+            case, begin = code.pointer(0, 1), code.pointer(7, 8)
+            columns = [begin, builder.gep(begin, [args[9]])][:vectors]
             position_of, place_of = code.pointer(3), code.pointer(4)
             starts = [
                 builder.gep(case, [builder.load(offset)])
                 for offset in _rows_from(code, code.pointer(2))
             ]
+            done = []
+            for some in _together(columns):
 
-            def operands(i):
-                position = builder.load(builder.gep(position_of, [i]))
-                place = builder.load(builder.gep(place_of, [i]))
-                entries = [builder.gep(start, [position]) for start in starts]
-                return entries, [builder.gep(columns, [place])]
+                def operands(i, some=some):
+                    position = builder.load(builder.gep(position_of, [i]))
+                    place = builder.load(builder.gep(place_of, [i]))
+                    entries = [builder.gep(start, [position]) for start in starts]
+                    return entries, [builder.gep(column, [place]) for column in some]
 
-            (totals,) = code.summed(args[5], args[6], operands)
-            code.store(totals, code.pointer(9, 10), ir.Constant(_INT64, code.width), kind)
+                done += code.summed(args[5], args[6], operands, len(some))
+            step, size = (ir.Constant(_INT64, n * code.width) for n in (1, ROWS))
+            target = code.pointer(10, 11)
+            for totals in done:
+                code.store(totals, target, step, kind)
+                target = builder.gep(target, [size])
             return context.get_dummy_value()
 
         return signature, generate
 
-    return intrinsic(block)
+    return intrinsic(blocks)
+
+
+def _together(columns: list[Any]) -> list[list[Any]]:
+    """Vectors of columns whose sums are made in one loop: as many as there are registers for."""
+    return [columns] if VECTOR_BYTES == 64 else [[column] for column in columns]
 
 
 set_block, add_block = _block_at_steps("set"), _block_at_steps("add")
 set_pair, add_pair = _pair_at_steps("set"), _pair_at_steps("add")
-add_listed_block, add_listed_square = _listed_block("add"), _listed_block("add square")
+add_listed_block, add_listed_pair = (_listed_blocks("add", n) for n in (1, 2))
+add_listed_square, add_squared_pair = (_listed_blocks("add square", n) for n in (1, 2))

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from kfac_xp.kernels.cpu.blocks import ROWS, add_listed_block, add_listed_square
+from kfac_xp.kernels.cpu.blocks import (
+    ROWS,
+    add_listed_block,
+    add_listed_pair,
+    add_listed_square,
+    add_squared_pair,
+)
 from kfac_xp.kernels.cpu.jit import compiled
 
 # Locations after which a sum over them is set aside: what is read meanwhile, a cache line each of
@@ -83,19 +89,33 @@ def add_squares(images, grads, axes, out, first, last, cases_in_chunk):
             for n in range(count):
                 image, case = image_start + n * image_size, grads_start + n * grads_size
                 at = block * panels * ROWS * width
+                # Arguments are not kept in a variable: a tuple counts references to its arrays,
+                # and the threads would wait for each other's counts.
                 if hits <= _SPAN:
-                    for p in range(panels):
+                    for p in range(0, panels - 1, 2):
+                        add_squared_pair(
+                            *(pixels, image, rows, positions, places, 0, hits),
+                            *(vectors, case + p * panel, panel, out, at + p * ROWS * width),
+                        )
+                    if panels % 2:
+                        p = panels - 1
                         add_listed_square(
                             *(pixels, image, rows, positions, places, 0, hits),
-                            *(vectors, case + p * panel, out, at + p * ROWS * width),
+                            *(vectors, case + p * panel, panel, out, at + p * ROWS * width),
                         )
                     continue
                 for begin in range(0, hits, _SPAN):
                     stop = min(begin + _SPAN, hits)
-                    for p in range(panels):
+                    for p in range(0, panels - 1, 2):
+                        add_listed_pair(
+                            *(pixels, image, rows, positions, places, begin, stop),
+                            *(vectors, case + p * panel, panel, sums, p * ROWS * width),
+                        )
+                    if panels % 2:
+                        p = panels - 1
                         add_listed_block(
                             *(pixels, image, rows, positions, places, begin, stop),
-                            *(vectors, case + p * panel, sums, p * ROWS * width),
+                            *(vectors, case + p * panel, panel, sums, p * ROWS * width),
                         )
                 for p in range(panels):
                     for r in range(ROWS):

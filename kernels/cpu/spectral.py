@@ -243,12 +243,17 @@ def _add_products(parts, rotated, weights, sums, begins, first, last):
                     for p in range(together):
                         for r in range(0, ROWS, 2):
                             at = (d * channels + row + r) * channels + (panel + p) * width
-                            arguments = (
-                                *(weights, begin * num_offsets + d, num_offsets, products),
-                                *(p * of_panel + r * width, width, ROWS * width, count),
-                                *(sums, at, channels, channels * channels),
-                            )
+                            # Not in a variable: a tuple counts references to its arrays, and
+                            # the threads would wait for each other's counts.
                             if begins and begin == 0:
-                                set_pair(*arguments)
+                                set_pair(
+                                    *(weights, begin * num_offsets + d, num_offsets, products),
+                                    *(p * of_panel + r * width, width, ROWS * width, count),
+                                    *(sums, at, channels, channels * channels),
+                                )
                             else:
-                                add_pair(*arguments)
+                                add_pair(
+                                    *(weights, begin * num_offsets + d, num_offsets, products),
+                                    *(p * of_panel + r * width, width, ROWS * width, count),
+                                    *(sums, at, channels, channels * channels),
+                                )
