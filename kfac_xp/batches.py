@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -26,11 +26,22 @@ class Placeholder:
 
     shape: tuple[int | None, ...]
     like: Array
+    _derived: dict[Hashable, Placeholder] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
         return len(self.shape)
+
+    def derived(self, key: Hashable, shape: tuple[int | None, ...]) -> Placeholder:
+        """A stand-in for what will be made of the array: one object for each `key`.
+
+        Factors are shared by the identity of their data, so that those of what is made of shared
+        data can be, too.
+        """
+        return self._derived.setdefault(key, Placeholder(shape, self.like))
 
 
 Bound: TypeAlias = list[list[Array | Placeholder]]

@@ -127,6 +127,107 @@ class ConvGeometry:
         return _without_padding_taps(self, tuple(space))
 
 
+@dataclass(frozen=True)
+class TransposedConvGeometry:
+    """The geometry of a transposed convolution: the adjoint of a convolution.
+
+    Pixel i of the input reaches output ``i * stride + tap * dilation - before`` through each tap of
+    the kernel, so that an axis of n pixels has ``(n - 1) * stride + extent - before - after +
+    output_padding`` outputs.
+
+    Parameters
+    ----------
+    adjoint
+        The convolution from outputs to inputs that this is the adjoint of, its padding as pairs.
+    output_padding
+        Outputs after the last that the filter reaches without padding, one int per spatial axis.
+    """
+
+    adjoint: ConvGeometry
+    output_padding: tuple[int, ...]
+
+    @classmethod
+    def create(
+        cls,
+        kernel: Sequence[int],
+        strides: Sequence[int] | None = None,
+        padding: Padding = "SAME",
+        dilation: Sequence[int] | None = None,
+        output_padding: Sequence[int] | None = None,
+    ) -> TransposedConvGeometry:
+        """Check and normalise the arguments.
+
+        They are those of the adjoint convolution, as for `ConvGeometry.create`: ``"VALID"`` is no
+        padding, and ``"SAME"`` that which an image of ``n * stride`` pixels has there, so that
+        there are ``n * stride`` outputs. `output_padding` goes with the other forms of padding; it
+        is less than the stride.
+
+        Raises
+        ------
+        ValueError
+            If a length does not fit the kernel, or a value is out of range.
+        """
+        adjoint = ConvGeometry.create(kernel, strides, padding, dilation)
+        axes = tuple(zip(adjoint.extent, adjoint.strides, strict=True))
+        if adjoint.padding == "SAME":
+            if output_padding is not None and any(output_padding):
+                raise ValueError(
+                    "`output_padding` must be None with padding 'SAME', which has size * stride "
+                    f"outputs; got {tuple(output_padding)}. Give the padding as pairs."
+                )
+            totals = [max(reach - stride, 0) for reach, stride in axes]
+            pairs = tuple((total // 2, total - total // 2) for total in totals)
+            extra = tuple(max(stride - reach, 0) for reach, stride in axes)
+            return cls(replace(adjoint, padding=pairs), extra)
+        pairs = adjoint.pads((0,) * adjoint.num_axes)
+        extra = (0,) * adjoint.num_axes if output_padding is None else tuple(output_padding)
+        if len(extra) != adjoint.num_axes or any(
+            not 0 <= given < stride for given, (_, stride) in zip(extra, axes, strict=False)
+        ):
+            raise ValueError(
+                f"`output_padding` must be {adjoint.num_axes} ints, each at least 0 and less than "
+                f"the stride of its axis, {adjoint.strides}; got {extra}."
+            )
+        return cls(replace(adjoint, padding=pairs), tuple(int(e) for e in extra))
+
+    def output_shape(self, space: Sequence[int]) -> tuple[int, ...]:
+        """Spatial shape of the output for images of spatial shape `space`."""
+        return tuple(
+            max(0, (n - 1) * s + reach - sum(pads) + extra)
+            for n, s, reach, pads, extra in zip(
+                space,
+                self.adjoint.strides,
+                self.adjoint.extent,
+                self.adjoint.pads(space),
+                self.output_padding,
+                strict=True,
+            )
+        )
+
+    @property
+    def spread_pads(self) -> tuple[tuple[int, int], ...]:
+        """Pixels before and after each axis of the spread images; negative where some are cut off.
+
+        See `kfac_xp.ops.spread_images`, which numbers pixels from the end.
+        """
+        return tuple(
+            (reach - 1 - after + extra, reach - 1 - before)
+            for reach, (before, after), extra in zip(
+                self.adjoint.extent,
+                self.adjoint.pads((0,) * len(self.output_padding)),
+                self.output_padding,
+                strict=True,
+            )
+        )
+
+    @property
+    def of_spread(self) -> ConvGeometry:
+        """The convolution, of stride 1, of the spread images that this is."""
+        pads = tuple((max(before, 0), max(after, 0)) for before, after in self.spread_pads)
+        adjoint = self.adjoint
+        return ConvGeometry(adjoint.kernel, (1,) * adjoint.num_axes, adjoint.dilation, pads)
+
+
 # Asked for several times in one call of an op, which may be a small one.
 
 

@@ -283,17 +283,24 @@ class ConvDiagonalMoment:
     in_channels: int
     out_channels: int
     has_bias: bool
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``[prod(kernel) * C_in (+ 1), C_out]``."""
-        return (self.geometry.num_taps * self.in_channels + self.has_bias, self.out_channels)
+        """``[prod(kernel) * C_in / groups (+ 1), C_out]``."""
+        rows = self.geometry.num_taps * self.in_channels // self.groups + self.has_bias
+        return (rows, self.out_channels)
 
     def __call__(
         self, inputs: Array, outputs_grad: Array, patch_mask: Array | None = None
     ) -> Array:
         """From inputs [N, *space, C_in] and gradients of the preactivations [N, *out, C_out]."""
         total = conv_squared_outer(
-            inputs, outputs_grad, self.geometry, has_bias=self.has_bias, patch_mask=patch_mask
+            inputs,
+            outputs_grad,
+            self.geometry,
+            has_bias=self.has_bias,
+            patch_mask=patch_mask,
+            groups=self.groups,
         )
         return total / inputs.shape[0]

@@ -109,16 +109,21 @@ def column_to_tensors(template: Params, column: Array) -> Params:
     return tuple(pieces)
 
 
-def require_like(name: str, vector: Params, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Raise ValueError unless `vector` holds arrays of these shapes (one, or kernel and bias)."""
+def require_like(
+    name: str, vector: Params, shapes: tuple[tuple[int, ...], ...], words: str = ""
+) -> None:
+    """Raise ValueError unless `vector` holds arrays of these shapes (one, or kernel and bias).
+
+    `words` say in which order the axes are, if that is worth saying.
+    """
     arrays = as_arrays(vector)
     given = tuple(tuple(a.shape) for a in arrays)
     if given != shapes:
         wanted = " and ".join(map(str, shapes))
         form = "a tuple (kernel, bias) of shapes" if len(shapes) > 1 else "an array of shape"
         raise ValueError(
-            f"`{name}` must be {form} {wanted}, as the layer's parameters are; "
-            f"got {' and '.join(map(str, given))}."
+            f"`{name}` must be {form} {wanted}, as the layer's parameters are"
+            f"{words and f' ({words})'}; got {' and '.join(map(str, given))}."
         )
     require_one_place(
         **{

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
+from kfac_xp.layer_specs import LayerSpec
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import IndexedSlices, require_like
 from kfac_xp.typing import Array, Damping, Params, Scalar
@@ -54,6 +55,9 @@ class FisherBlock(abc.ABC):
 
     has_uses: ClassVar[bool] = False
     """Whether the data of a tower may be a list over uses of the layer."""
+
+    spec: LayerSpec | None = None
+    """What is known of the layer, and the form in which its arrays come; None: in the library's."""
 
     needs_params_grads: ClassVar[bool] = False
     """Whether statistics are made of the parameters' gradients, not of the layer's data."""
@@ -220,12 +224,12 @@ class FisherBlock(abc.ABC):
         """Shapes of the layer's parameters."""
 
     def _expanded(self, vector: Params) -> Params:
-        """The vector in the form that the factors are about; usually as it is."""
-        return vector
+        """The vector in the form that the factors are about."""
+        return vector if self.spec is None else self.spec.params_in(vector)
 
     def _contracted(self, vector: Params, template: Params) -> Params:
         """Inverse of `_expanded`: back to the form of the layer's parameters."""
-        return vector
+        return vector if self.spec is None else self.spec.params_out(vector)
 
     def _factor(self, role: str, cls: type[FisherFactor], *args: Any, **extra: Any) -> Any:
         """The factor of a role, with the block's options: shared if the collection has it."""
@@ -264,7 +268,8 @@ class FisherBlock(abc.ABC):
                 f"`{self.name}: vector` is `IndexedSlices`, whose product with this block is not "
                 "sparse. Pass `vector.to_dense()`, or use a diagonal factor for the input."
             )
-        require_like(f"{self.name}: vector", vector, self._param_shapes)
+        words = "" if self.spec is None else self.spec.kernel_words
+        require_like(f"{self.name}: vector", vector, self._param_shapes, words)
 
     @property
     def _takes_sparse_rows(self) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from kfac_xp.batches import Placeholder
 from kfac_xp.damping import normalize_damping
 from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
-from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, LayerFactorFB
+from kfac_xp.fisher_blocks.locations import SharedOverLocations
+from kfac_xp.fisher_blocks.towers import LayerFactorFB
 from kfac_xp.fisher_factors import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
@@ -18,16 +20,27 @@ from kfac_xp.fisher_factors import (
     ConvOutputKroneckerFactor,
     FisherFactor,
 )
-from kfac_xp.fisher_factors.convolution import images_shape, require_extract_patches_fn
-from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
-from kfac_xp.params import param_shapes
+from kfac_xp.fisher_factors.convolution import require_extract_patches_fn
+from kfac_xp.geometry import Padding
+from kfac_xp.layer_specs import ConvolutionKind, ConvolutionSpec
 from kfac_xp.randomness import Generator
 from kfac_xp.representations import read_damping
 from kfac_xp.typing import Array, Params, Scalar
 
 
-class Convolution(InputOutputMultiTower):
-    """What the blocks of a convolution share: its geometry, and how often the filter is applied."""
+class Convolution(SharedOverLocations):
+    """What the blocks of a convolution share: what is known of it, and the form of its data.
+
+    `spec` says what the layer is. The rest of the block sees an ordinary convolution of the
+    `geometry`, channels last, of `groups` groups and with kernels of `filter_shape`.
+    """
+
+    spec: ConvolutionSpec
+    takes_groups: ClassVar[bool] = False
+    """Whether there may be several groups of channels."""
+
+    dilation_argument: ClassVar[str] = "dilation_rate"
+    """What the constructor calls the dilation."""
 
     def __init__(
         self,
@@ -38,102 +51,75 @@ class Convolution(InputOutputMultiTower):
         dilation: Sequence[int] | None,
         data_format: str | None,
         num_locations: int | None,
+        *,
+        kernel_layout: str | None = None,
+        groups: int = 1,
+        kind: ConvolutionKind = "convolution",
+        output_padding: Sequence[int] | None = None,
         **keywords: Any,
     ) -> None:
-        super().__init__(layer_collection, **keywords)
-        require_channels_last(data_format)
-        self._shapes = param_shapes(params)
-        self.filter_shape = self._shapes[0]
-        self.has_bias = len(self._shapes) == 2
-        if len(self.filter_shape) < 3:
+        super().__init__(layer_collection, num_locations=num_locations, **keywords)
+        self.spec = ConvolutionSpec.create(
+            params,
+            padding,
+            strides,
+            dilation,
+            data_format=data_format,
+            kernel_layout=kernel_layout,
+            groups=groups,
+            kind=kind,
+            output_padding=output_padding,
+        )
+        if groups > 1 and not self.takes_groups:
             raise ValueError(
-                "`params` must have a kernel of shape [*kernel, C_in, C_out] with at least one "
-                f"spatial axis; got shape {self.filter_shape}."
+                f"{type(self).__name__} has no groups; got `groups`={groups}. Use "
+                "ConvGroupedKFCFB or ConvDiagonalFB."
             )
-        if self.has_bias and self._shapes[1] != self.filter_shape[-1:]:
-            raise ValueError(
-                f"the bias in `params` must have shape {self.filter_shape[-1:]}, the kernel's "
-                f"outputs; got {self._shapes[1]}."
-            )
-        self.geometry = ConvGeometry.create(self.filter_shape[:-2], strides, padding, dilation)
-        if num_locations is not None and num_locations < 1:
-            raise ValueError(f"`num_locations` must be a positive int; got {num_locations}.")
-        self._given_num_locations = num_locations
-        self._seen_num_locations: int | None = None
+        self.groups = self.spec.groups
+        self.filter_shape = self.spec.filter_shape
+        self.has_bias = self.spec.has_bias
+        self.geometry = self.spec.geometry
 
     @property
-    def num_locations(self) -> int:
-        """How often the filter is applied to one case.
+    def _num_axes_of_tower(self) -> int:
+        return self.geometry.num_axes + 2
 
-        Raises
-        ------
-        RuntimeError
-            Before the first batch, unless it was given.
-        """
-        count = self._given_num_locations or self._seen_num_locations
-        if count is None:
-            raise RuntimeError(
-                f"{self.name} does not know its number of locations yet: the first batch fixes "
-                "it. Update the covariance first, or pass `num_locations`."
+    def _locations_of(self, tower: Any) -> int:
+        image = tower[0] if isinstance(tower, (list, tuple)) else tower  # of the first use
+        return math.prod(self.spec.output_space(image.shape))
+
+    def _inputs_in(self, tower: Any) -> Any:
+        if isinstance(tower, Placeholder):
+            return tower
+        if tower.ndim == self._num_axes_of_tower:  # the factors refuse others
+            self._require_locations(tower)
+        return self.spec.inputs_in(tower)
+
+    def _grads_in(self, tower: Any) -> Any:
+        return tower if isinstance(tower, Placeholder) else self.spec.grads_in(tower)
+
+    def _require_locations(self, images: Array) -> None:
+        """Refuse images of which a transposed convolution cuts off everything."""
+        if self.spec.transposed is not None and 0 in self.spec.output_space(images.shape):
+            raise ValueError(
+                f"`{self.name}: inputs` of shape {tuple(images.shape)} leave no outputs of the "
+                f"transposed convolution: its padding, {self.spec.transposed.adjoint.padding}, "
+                "cuts off all of them. Use less padding, or larger images."
             )
-        return count
 
-    def note_batch(self, inputs: list[Any]) -> None:
-        """Fix the number of locations by the first batch."""
-        super().note_batch(inputs)
-        if self._seen_num_locations is None:
-            self._seen_num_locations = self.geometry.num_locations(self._space_of(inputs[0]))
-
-    def own_state_dict(self) -> dict[str, Any]:
-        """The number of locations, once a batch was seen."""
-        seen = self._seen_num_locations
-        return super().own_state_dict() | ({} if seen is None else {"num_locations": seen})
-
-    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `own_state_dict`."""
-        super().load_own_state_dict(state)
-        if "num_locations" in state:
-            self._seen_num_locations = int(state["num_locations"])
-
-    def _check_towers(self, inputs: list[Any]) -> None:
-        super()._check_towers(inputs)
-        arrays = [x for x in inputs if not isinstance(x, Placeholder)]
-        if arrays and all(x.ndim >= self.geometry.num_axes + 2 for x in arrays):
-            self._require_same_locations(arrays)
-            self.note_batch(arrays)
-
-    def _checked_inputs(self, inputs: list[Any]) -> list[Array]:
-        towers = super()._checked_inputs(inputs)
-        self._require_same_locations(inputs)
-        return towers
-
-    def _space_of(self, tower: Any) -> tuple[int, ...]:
-        """Spatial shape of the images of one tower, of its first use if there are several."""
-        image = tower[0] if isinstance(tower, (list, tuple)) else tower
-        return tuple(image.shape[-1 - self.geometry.num_axes : -1])
-
-    def _require_same_locations(self, inputs: list[Any]) -> None:
-        counts = [self.geometry.num_locations(self._space_of(x)) for x in inputs]
-        expected = self._seen_num_locations or counts[0]
-        for t, count in enumerate(counts):
-            if count != expected:
-                raise ValueError(
-                    f"`{self.name}: inputs[{t}]` of shape {tuple(inputs[t].shape)} gives {count} "
-                    f"locations of the filter, but the first batch fixed {expected}: the factors "
-                    "are means over locations and the block multiplies by their number. Use "
-                    "images of one size, or a block per size."
-                )
+    @property
+    def _order_of_data(self) -> str:
+        return f" ({self.spec.data_words})" if self.spec.data_words else ""
 
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
-        return self._shapes
+        return self.spec.shapes
 
     def _input_pattern(self) -> tuple[int | str, ...]:
-        return images_shape(self.geometry.num_axes, self.filter_shape[-2])
+        return self.spec.input_pattern()
 
     def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
-        out = self.geometry.output_shape(inputs.shape[1:-1])
-        return (inputs.shape[0], *out, self.filter_shape[-1])
+        return self.spec.output_pattern(inputs.shape)
 
 
 class ConvKFCBasicFB(Convolution, KroneckerProductFB):
@@ -160,7 +146,7 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
     strides, dilation_rate
         One int per spatial axis, or with the batch and channel axes ``(1, *spatial, 1)``.
     data_format
-        None or a name that ends in "C".
+        None, which is channels last, or the order of the data's axes, such as ``"NCHW"``.
     extract_patches_fn, sub_sample_inputs, sub_sample_patches
         As for `ConvInputKroneckerFactor`.
     use_sua_approx_for_input_factor
@@ -171,14 +157,17 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
         Used in place of the true number; releases to r1.10 had ``h * w // (s1 * s2)``.
     generator
         Draws the subsamples: a seed or a generator.
+    kernel_layout, kind, output_padding
+        As for `kfac_xp.layer_specs.ConvolutionSpec.create`: the order of the kernel's axes, and
+        what a transposed convolution is made by.
     name, **options
         As for `FisherBlock`.
 
     Raises
     ------
     ValueError
-        If the geometry is impossible, or the SUA approximation is asked for together with a mask
-        or subsampling, which it does not have.
+        If the geometry is impossible, there are groups, or the SUA approximation is asked for
+        together with a mask, subsampling or a transposed convolution, which it does not have.
 
     References
     ----------
@@ -220,6 +209,12 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
             **keywords,
         )
         require_extract_patches_fn(extract_patches_fn, self.geometry)
+        if use_sua_approx_for_input_factor and self.spec.transposed is not None:
+            raise ValueError(
+                "`use_sua_approx_for_input_factor` takes every pixel to be like the others, and "
+                "of those that a transposed convolution reads most are zeros between pixels. "
+                "Leave the approximation out."
+            )
         self.use_sua_approx_for_input_factor = bool(use_sua_approx_for_input_factor)
         self.patch_mask = patch_mask
         self.generator = generator
@@ -246,7 +241,8 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
         *kernel_and_inputs, _ = self.filter_shape
         side = (self.has_bias, self.use_sua_approx_for_input_factor)
         drawn = (id(self.patch_mask), id(self.generator))
-        return (type(self), tuple(kernel_and_inputs), self.geometry, *side, *drawn, self.options)
+        form = (self.geometry, self.spec.transposed, self.spec.data)
+        return (type(self), tuple(kernel_and_inputs), *form, *side, *drawn, self.options)
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         if self.use_sua_approx_for_input_factor:
@@ -304,17 +300,21 @@ class ConvDiagonalFB(LayerFactorFB, Convolution, DiagonalFB):
     padding
         ``"SAME"``, ``"VALID"``, or a pair (before, after) per spatial axis.
     data_format
-        None or a name that ends in "C".
-    patch_mask : shape [*kernel, C_in]
+        None, which is channels last, or the order of the data's axes, such as ``"NCHW"``.
+    patch_mask : shape [*kernel, C_in / groups]
         Multiplies each patch.
     num_locations
         Used in place of the true number in the damping; matters only if
         `normalize_damping_power` is not 1.
+    kernel_layout, groups, kind, output_padding
+        As for `kfac_xp.layer_specs.ConvolutionSpec.create`.
     name, **options
         As for `FisherBlock`.
     """
 
     factor: ConvDiagonalFactor
+    takes_groups = True
+    dilation_argument = "dilations"
 
     def __init__(
         self,
@@ -364,4 +364,5 @@ class ConvDiagonalFB(LayerFactorFB, Convolution, DiagonalFB):
             geometry.dilation,
             self.has_bias,
             self.patch_mask,
+            groups=self.groups,
         )

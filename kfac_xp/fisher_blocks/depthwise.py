@@ -48,6 +48,8 @@ def conv2d_filter_to_depthwise_conv2d_filter(filter: Array) -> Array:
 class _Depthwise(Convolution):
     """What the two depthwise blocks share: the form of their vectors."""
 
+    dilation_argument = "rate"
+
     def __init__(
         self, layer_collection: FactorMaker | None, params: Params, *args: Any, **keywords: Any
     ) -> None:
@@ -55,18 +57,21 @@ class _Depthwise(Convolution):
         if len(shapes) != 1:
             raise NotImplementedError(
                 "`params` of a depthwise convolution must be a kernel [*kernel, C, M] without a "
-                "bias. Register the bias apart, with `register_generic` or as the shift of "
+                "bias. Use approx='kron_exact' or 'diagonal_exact', which take one, or register "
+                "the bias apart, with `register_generic` or as the shift of "
                 "`register_scale_and_shift`."
             )
-        super().__init__(layer_collection, params, *args, **keywords)
-        *kernel, channels, multiplier = shapes[0]
-        self.filter_shape = (*kernel, channels, channels * multiplier)
+        super().__init__(layer_collection, params, *args, kind="depthwise", **keywords)
+        # The ordinary convolution has all channels in one group.
+        self.groups = 1
+        spec = self.spec
+        self.filter_shape = (*spec.geometry.kernel, spec.in_channels, spec.out_channels)
 
     def _expanded(self, vector: Params) -> Params:
-        return depthwise_conv2d_filter_to_conv2d_filter(vector)
+        return depthwise_conv2d_filter_to_conv2d_filter(self.spec.kernel_in(vector))
 
     def _contracted(self, vector: Params, template: Params) -> Params:
-        return conv2d_filter_to_depthwise_conv2d_filter(vector)
+        return self.spec.kernel_out(conv2d_filter_to_depthwise_conv2d_filter(vector))
 
 
 class DepthwiseConvDiagonalFB(_Depthwise, ConvDiagonalFB):
@@ -87,7 +92,7 @@ class DepthwiseConvDiagonalFB(_Depthwise, ConvDiagonalFB):
     padding
         ``"SAME"``, ``"VALID"``, or a pair (before, after) per spatial axis.
     data_format
-        None or a name that ends in "C".
+        None, which is channels last, or the order of the data's axes, such as ``"NCHW"``.
     name, **options
         As for `FisherBlock`.
 

@@ -16,6 +16,7 @@ from kfac_xp.fisher_factors import (
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
 )
+from kfac_xp.layer_specs import DenseSpec
 from kfac_xp.typing import Array
 
 
@@ -37,6 +38,8 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
     one_hot_depth
         Number of classes, if the inputs are class ids [N] in place of one-hot vectors. Vectors
         may then be `IndexedSlices`, and so are their products.
+    kernel_layout
+        ``"OI"`` for vectors with kernels [d_out, d_in]; None or ``"IO"`` for [d_in, d_out].
     name, **options
         As for `FisherBlock`.
 
@@ -58,10 +61,12 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         diagonal_approx_for_output: bool = False,
         *,
         one_hot_depth: int | None = None,
+        kernel_layout: str | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(layer_collection, name=name, **options)
+        self.spec: DenseSpec = DenseSpec.create(kernel_layout)
         self.has_bias = bool(has_bias)
         self.diagonal_approx_for_input = bool(diagonal_approx_for_input)
         self.diagonal_approx_for_output = bool(diagonal_approx_for_output)
@@ -99,7 +104,7 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         d_in, d_out = (side_of(f).dimension for f in self._require_factors().values())
-        return ((d_in, d_out), (d_out,))[: 1 + self.has_bias]
+        return self.spec.shapes(d_in, d_out, self.has_bias)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         if self.one_hot_depth is not None:
@@ -136,6 +141,8 @@ class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
         The collection that the block belongs to, or None.
     has_bias
         Whether the layer has a bias; vectors are then pairs (kernel, bias).
+    kernel_layout
+        As for `FullyConnectedKFACBasicFB`.
     name, **options
         As for `FisherBlock`.
     """
@@ -147,10 +154,12 @@ class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
         layer_collection: FactorMaker | None,
         has_bias: bool = False,
         *,
+        kernel_layout: str | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(layer_collection, name=name, **options)
+        self.spec: DenseSpec = DenseSpec.create(kernel_layout)
         self.has_bias = bool(has_bias)
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
@@ -161,7 +170,7 @@ class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         self._require_factors()
         moment = self.factor.moment
-        return ((moment.d_in, moment.d_out), (moment.d_out,))[: 1 + self.has_bias]
+        return self.spec.shapes(moment.d_in, moment.d_out, self.has_bias)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", self.factor.moment.d_in)

@@ -20,6 +20,7 @@ from kfac_xp.fisher_factors import (
     FullyConnectedMultiKF,
 )
 from kfac_xp.geometry import Padding
+from kfac_xp.layer_specs import DenseSpec
 from kfac_xp.params import layer_params_to_mat2d, mat2d_to_layer_params
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Params, Scalar
@@ -50,7 +51,7 @@ class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB, InputOutputMultiTowe
     diagonal_approx_for_input, diagonal_approx_for_output, one_hot_depth
         As for `FullyConnectedKFACBasicFB`.
     name, **options
-        As for `FisherBlock`.
+        As for `FisherBlock`; and `kernel_layout`, as for `FullyConnectedKFACBasicFB`.
 
     References
     ----------
@@ -162,6 +163,11 @@ class ConvKFCBasicMultiIndepFB(ConvKFCBasicFB, InputOutputMultiTowerMultiUse):
             num_uses=num_uses,
             **keywords,
         )
+        if self.spec.transposed is not None:
+            raise ValueError(
+                "a transposed convolution that is used several times has no block of its own. Use "
+                "`NaiveFullFB` or `NaiveDiagonalFB` (`register_generic`)."
+            )
 
     @property
     def renorm_coeff(self) -> float:
@@ -213,6 +219,8 @@ class FullyConnectedSeriesFB(KroneckerProductFB, InputOutputMultiTowerMultiUse):
     option
         ``SeriesFBApproximation.option1`` (or 1): the moments between uses are symmetric.
         ``option2`` (or 2): the chain is infinitely long.
+    kernel_layout
+        As for `FullyConnectedKFACBasicFB`.
     name, **options
         As for `FisherBlock`.
 
@@ -239,10 +247,12 @@ class FullyConnectedSeriesFB(KroneckerProductFB, InputOutputMultiTowerMultiUse):
         num_uses: int | None = None,
         option: SeriesFBApproximation | int = SeriesFBApproximation.option2,
         *,
+        kernel_layout: str | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(layer_collection, num_uses=num_uses, name=name, **options)
+        self.spec: DenseSpec = DenseSpec.create(kernel_layout)
         self.has_bias = bool(has_bias)
         if option not in (1, 2):
             raise ValueError(
@@ -277,13 +287,15 @@ class FullyConnectedSeriesFB(KroneckerProductFB, InputOutputMultiTowerMultiUse):
         """Multiply by the inverse, as last computed."""
         self._require_inverse(exp)
         self._require_vector(vector)
-        mat = layer_params_to_mat2d(vector)
+        expanded = self._expanded(vector)
+        mat = layer_params_to_mat2d(expanded)
         xp = array_namespace(mat)
         z = cast(xp.matrix_transpose(mat), self.input_factor.cov.dtype)
         multiply = self._option1 if self.option == SeriesFBApproximation.option1 else self._option2
         with exact_products(z):
             z = multiply(z)
-        return mat2d_to_layer_params(vector, cast(xp.matrix_transpose(z), mat.dtype))
+        product = mat2d_to_layer_params(expanded, cast(xp.matrix_transpose(z), mat.dtype))
+        return self._contracted(product, vector)
 
     def multiply_cholesky(self, vector: Params, transpose: bool = False) -> Params:
         """Raise NotImplementedError: the block has an inverse only."""
@@ -341,7 +353,7 @@ class FullyConnectedSeriesFB(KroneckerProductFB, InputOutputMultiTowerMultiUse):
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         self._require_factors()
         d_in, d_out = self.input_factor.moment.dimension, self.output_factor.moment.dimension
-        return ((d_in, d_out), (d_out,))[: 1 + self.has_bias]
+        return self.spec.shapes(d_in, d_out, self.has_bias)
 
     @property
     def _num_axes_of_outputs(self) -> int:

@@ -82,7 +82,10 @@ class InputOutputMultiTower(FisherBlock):
         inputs = [self._tower("inputs", x) for x in self._inputs]
         self._check_towers(inputs)
         sources = [[self._grads_tower("grads_list", g) for g in towers] for towers in grads]
-        self._make_factors(self._joined(inputs), [self._joined(s) for s in sources])
+        self._make_factors(
+            self._joined([self._inputs_in(x) for x in inputs]),
+            [self._joined([self._grads_in(g) for g in towers]) for towers in sources],
+        )
         self._damping = damping
 
     def update_cov(
@@ -158,6 +161,19 @@ class InputOutputMultiTower(FisherBlock):
         """The same of the gradients."""
         return tower
 
+    def _inputs_in(self, tower: Any) -> Any:
+        """Checked inputs of one tower, or a placeholder, in the form that the factors take."""
+        return tower
+
+    def _grads_in(self, tower: Any) -> Any:
+        """The same of the gradients."""
+        return tower
+
+    @property
+    def _order_of_data(self) -> str:
+        """Words on the order of the data's axes, for errors, if it is not the library's."""
+        return ""
+
     def _joined(self, towers: Sequence[Any]) -> list[Any]:
         """The towers, or one tower made of all under the strategy "concat"."""
         if self.options.tower_strategy == "concat" and not isinstance(towers[0], Placeholder):
@@ -169,17 +185,18 @@ class InputOutputMultiTower(FisherBlock):
         self._require_factors()
         for t, x in enumerate(inputs):
             label = f"{self.name}: inputs[{t}]"
-            require_shape(label, x, self._input_pattern(), "for this layer's parameters")
-        return self._joined(inputs)
+            why = f"for this layer's parameters{self._order_of_data}"
+            require_shape(label, x, self._input_pattern(), why)
+        return self._joined([self._inputs_in(x) for x in inputs])
 
     def _checked_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
         """The gradients of one source as the factors take them."""
         label = f"{self.name}: outputs_grads[{source}]"
         _require_as_many(label, grads, inputs)
         for t, (x, g) in enumerate(zip(inputs, grads, strict=True)):
-            why = f"for inputs of shape {tuple(x.shape)}"
+            why = f"for inputs of shape {tuple(x.shape)}{self._order_of_data}"
             require_shape(f"{label}[{t}]", g, self._output_pattern(x), why)
-        return self._joined(grads)
+        return self._joined([self._grads_in(g) for g in grads])
 
 
 class LayerFactorFB(InputOutputMultiTower):
@@ -311,15 +328,15 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         towers = [self._tower(f"inputs[{t}]", x) for t, x in enumerate(inputs)]
         for t, x in enumerate(towers):
             label = f"{self.name}: inputs[{t}]"
-            pattern = self._input_pattern()
-            require_shape(label, uses_folded(x), pattern, "for this layer's parameters")
+            why = f"for this layer's parameters{self._order_of_data}"
+            require_shape(label, uses_folded(x), self._input_pattern(), why)
         counts = {x.shape[0] for x in towers}
         if len(counts) > 1:
             raise ValueError(
                 f"`{self.name}: inputs` must have the same number of uses on every tower; "
                 f"got {[x.shape[0] for x in towers]}."
             )
-        return self._joined(towers)
+        return self._joined([self._inputs_in(x) for x in towers])
 
     def _checked_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
         label = f"{self.name}: outputs_grads[{source}]"
@@ -330,9 +347,10 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
             gs = with_uses(name, g, uses, self._num_axes_of_outputs)
             folded = Placeholder((uses * cases, *rest), gs)
             pattern = self._output_pattern(folded)
-            require_shape(name, uses_folded(gs), pattern, f"for inputs of shape {folded.shape}")
+            why = f"for inputs of shape {folded.shape}{self._order_of_data}"
+            require_shape(name, uses_folded(gs), pattern, why)
             towers.append(gs)
-        return self._joined(towers)
+        return self._joined([self._grads_in(g) for g in towers])
 
     def _shape(self, name: str, tower: Any) -> tuple[int, ...]:
         """``(U, N, ...)`` of the inputs of one tower."""

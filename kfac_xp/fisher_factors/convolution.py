@@ -249,8 +249,11 @@ class ConvDiagonalFactor(DiagonalFactor):
         None or a name that ends in "C". (In r1.4 `has_bias` stood here; a bool is taken as that.)
     has_bias
         Append 1 to each patch; the last row of the covariance is then the bias's.
-    patch_mask : shape [*kernel, C_in]
+    patch_mask : shape [*kernel, C_in / groups]
         Multiplies each patch, before the 1 is appended.
+    groups
+        The channels are split into so many consecutive groups; the filter's shape is then
+        ``(*kernel, C_in / groups, C_out)``.
     **options
         Fields of `FactorOptions`, and ``name``.
 
@@ -275,6 +278,7 @@ class ConvDiagonalFactor(DiagonalFactor):
         has_bias: bool = False,
         patch_mask: Array | None = None,
         *,
+        groups: int = 1,
         name: str | None = None,
         **options: Any,
     ) -> None:
@@ -287,11 +291,12 @@ class ConvDiagonalFactor(DiagonalFactor):
             "inputs": [as_towers("inputs", inputs)],
             "outputs_grads": bind("outputs_grads", outputs_grads),
         }
-        require_images_of("inputs[0]", example_of(data["inputs"]), geometry, c_in, filter_shape)
+        channels = c_in * groups
+        require_images_of("inputs[0]", example_of(data["inputs"]), geometry, channels, filter_shape)
         require_images_of(
             "outputs_grads[0][0]", example_of(data["outputs_grads"]), geometry, c_out, filter_shape
         )
-        moment = ConvDiagonalMoment(geometry, c_in, c_out, bool(has_bias))
+        moment = ConvDiagonalMoment(geometry, channels, c_out, bool(has_bias), groups)
         super().__init__(moment, data, FactorOptions().changed(**options), name)
         self.patch_mask = _checked_mask(patch_mask, (*kernel, c_in), self._like)
 

@@ -11,6 +11,12 @@ from kfac_xp.ops.patches import (
     extract_pointwise_conv2d_patches,
     require_images,
 )
+from kfac_xp.ops.sharing import (
+    extract_transposed_patches,
+    mean_patches,
+    spread_images,
+    turned_round,
+)
 from kfac_xp.ops.squared_outer import conv_squared_outer, squared_outer
 from kfac_xp.ops.triangles import pack_symmetric, unpack_symmetric
 
@@ -21,7 +27,11 @@ __all__ = [
     "extract_patches",
     "extract_pointwise_conv2d_patches",
     "pack_symmetric",
+    "extract_transposed_patches",
+    "mean_patches",
     "require_images",
+    "spread_images",
     "squared_outer",
     "unpack_symmetric",
+    "turned_round",
 ]

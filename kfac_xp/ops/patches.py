@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kfac_xp.backend import (
     UNMEASURED,
@@ -49,22 +49,18 @@ def extract_patches(inputs: Array, geometry: ConvGeometry) -> Array:
     num_cases, *space, channels = inputs.shape
     out = geometry.output_shape(space)
     padded = pad_with_zeros(inputs, geometry.pads(space))
-    views = [
-        padded[
-            (
-                slice(None),
-                *(
-                    slice(tap * d, tap * d + s * (o - 1) + 1 if o else tap * d, s)
-                    for tap, d, s, o in zip(
-                        taps, geometry.dilation, geometry.strides, out, strict=True
-                    )
-                ),
-                slice(None),
-            )
-        ]
-        for taps in itertools.product(*(range(k) for k in geometry.kernel))
-    ]
+    views = list(tap_views(padded, geometry, out))
     return xp.reshape(xp.stack(views, axis=-2), (num_cases, *out, geometry.num_taps * channels))
+
+
+def tap_views(padded: Array, geometry: ConvGeometry, out: Sequence[int]) -> Iterator[Array]:
+    """For each tap in row-major order, what it reads at all locations: views [N, *out, C_in]."""
+    for taps in itertools.product(*(range(k) for k in geometry.kernel)):
+        read = (
+            slice(tap * d, tap * d + s * (o - 1) + 1 if o else tap * d, s)
+            for tap, d, s, o in zip(taps, geometry.dilation, geometry.strides, out, strict=True)
+        )
+        yield padded[(slice(None), *read, slice(None))]
 
 
 def extract_convolution_patches(
