@@ -15,6 +15,8 @@ from kfac_xp.damping import (
 from kfac_xp.estimator import FisherEstimator, make_fisher_estimator
 from kfac_xp.fisher_blocks import (
     ConvDiagonalFB,
+    ConvGroupedKFCFB,
+    ConvKFACReduceFB,
     ConvKFCBasicFB,
     ConvKFCBasicMultiIndepFB,
     DepthwiseConvDiagonalFB,
@@ -24,6 +26,8 @@ from kfac_xp.fisher_blocks import (
     FullFB,
     FullyConnectedDiagonalFB,
     FullyConnectedKFACBasicFB,
+    FullyConnectedKFACExpandFB,
+    FullyConnectedKFACReduceFB,
     FullyConnectedMultiIndepFB,
     FullyConnectedSeriesFB,
     InputOutputMultiTower,
@@ -59,7 +63,7 @@ from kfac_xp.fisher_factors import (
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
 )
-from kfac_xp.geometry import ConvGeometry, num_conv_locations
+from kfac_xp.geometry import ConvGeometry, TransposedConvGeometry, num_conv_locations
 from kfac_xp.layer_collection import (
     LayerCollection,
     RegistrationReport,
@@ -103,6 +107,7 @@ from kfac_xp.ops import (
     extract_patches,
     extract_pointwise_conv2d_patches,
     pack_symmetric,
+    extract_transposed_patches,
     squared_outer,
     unpack_symmetric,
 )
@@ -131,6 +136,7 @@ __all__ = [
     # arrays and ops
     "ConvGeometry",
     "Rates",
+    "TransposedConvGeometry",
     "append_homog",
     "calibrate",
     "compute_cov",
@@ -141,6 +147,7 @@ __all__ = [
     "extract_image_patches",
     "extract_patches",
     "extract_pointwise_conv2d_patches",
+    "extract_transposed_patches",
     "generate_random_signs",
     "kronecker_product",
     "matmul_precision",
@@ -203,6 +210,8 @@ __all__ = [
     "ScaleAndShiftFullFactor",
     # blocks
     "ConvDiagonalFB",
+    "ConvGroupedKFCFB",
+    "ConvKFACReduceFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
     "DepthwiseConvDiagonalFB",
@@ -212,6 +221,8 @@ __all__ = [
     "FullFB",
     "FullyConnectedDiagonalFB",
     "FullyConnectedKFACBasicFB",
+    "FullyConnectedKFACExpandFB",
+    "FullyConnectedKFACReduceFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedSeriesFB",
     "InputOutputMultiTower",

@@ -221,6 +221,7 @@ class ConvolutionSpec:
         made = self.geometry if self.transposed is None else self.transposed.adjoint
         ones = (1,) * made.num_axes
         parts = [
+            "transposed" if self.transposed is not None else "",
             f"strides {made.strides}" if made.strides != ones else "",
             f"dilation {made.dilation}" if made.dilation != ones else "",
             f"padding {made.padding}" if made.padding != "SAME" else "",

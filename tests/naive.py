@@ -65,6 +65,35 @@ def convolution(inputs, weight, strides, dilation, pads):
     return out
 
 
+def grouped_convolution(inputs, weight, strides, dilation, pads, groups):
+    """Convolutions of consecutive channels side by side: ``[*kernel, C_in / groups, C_out]``."""
+    ins, outs = np.split(inputs, groups, axis=-1), np.split(weight, groups, axis=-1)
+    parts = [convolution(x, w, strides, dilation, pads) for x, w in zip(ins, outs, strict=True)]
+    return np.concatenate(parts, axis=-1)
+
+
+def transposed_convolution(inputs, weight, strides, dilation, pads, extra, groups=1):
+    """Every pixel spread over the outputs that it reaches: ``[*kernel, C_in, C_out / groups]``."""
+    inputs, weight = np.asarray(inputs, dtype=np.float64), np.asarray(weight, dtype=np.float64)
+    num_cases, *space, channels = inputs.shape
+    kernel, c_out = weight.shape[:-2], weight.shape[-1]
+    axes = zip(space, kernel, strides, dilation, pads, extra, strict=True)
+    out_shape = [(n - 1) * s + (k - 1) * d + 1 - sum(p) + e for n, k, s, d, p, e in axes]
+    out = np.zeros((num_cases, *out_shape, groups, c_out))
+    for pixel in np.ndindex(*space):
+        for tap in np.ndindex(*kernel):
+            reached = tuple(
+                i * s + t * d - before
+                for i, t, s, d, (before, _) in zip(pixel, tap, strides, dilation, pads, strict=True)
+            )
+            if all(0 <= o < size for o, size in zip(reached, out_shape, strict=True)):
+                for c in range(channels):
+                    group = c // (channels // groups)
+                    for n in range(num_cases):
+                        out[(n, *reached, group)] += inputs[(n, *pixel, c)] * weight[tap][c]
+    return out.reshape(num_cases, *out_shape, groups * c_out)
+
+
 def squared_outer(rows, grads):
     """``out[d, c] = sum_n (sum_t rows[n, t, d] * grads[n, t, c]) ** 2``, term by term."""
     rows, grads = np.asarray(rows, dtype=np.float64), np.asarray(grads, dtype=np.float64)

@@ -264,8 +264,8 @@ class ConvBlockContract(BlockContract):
             self.cls(None, xp.zeros((2, 3)), *self.geometry)
         with pytest.raises(ValueError, match=r"the bias in `params` must have shape \(4,\)"):
             self.cls(None, (xp.zeros((2, 2, 2, 4)), xp.zeros((3,))), *self.geometry)
-        with pytest.raises(ValueError, match=r"`data_format` must be None or .*'NCHW'"):
-            self.cls(None, self.params(xp), *self.geometry, data_format="NCHW")
+        with pytest.raises(ValueError, match=r"`data_format` must be None or .*'CNHW'"):
+            self.cls(None, self.params(xp), *self.geometry, data_format="CNHW")
         with pytest.raises(ValueError, match="`num_locations` must be a positive int"):
             self.cls(None, self.params(xp), *self.geometry, num_locations=0)
 

@@ -96,11 +96,11 @@ def test_bad_registrations(xp):
         (lambda: layers.register_conv2d("a", xp.zeros((2, 2, 3))), r"\[k_0, k_1, C_in, C_out\]"),
         (
             lambda: layers.register_conv2d("a", (xp.zeros((2, 2, 2, 3)), xp.zeros((2,)))),
-            "a bias over its last axis",
+            r"the bias in `params` must have shape \(3,\)",
         ),
         (
-            lambda: layers.register_conv2d("a", xp.zeros((2, 2, 2, 3)), data_format="NCHW"),
-            "Move the channel axis",
+            lambda: layers.register_conv2d("a", xp.zeros((2, 2, 2, 3)), data_format="CNHW"),
+            "`data_format` must be None or have the letters of 'NHWC' in any order, N first",
         ),
         (
             lambda: layers.register_conv2d("a", xp.zeros((2, 2, 2, 3)), strides=(0, 1)),

@@ -20,6 +20,7 @@ from kfac_xp.fisher_blocks.fully_connected import (
     FullyConnectedKFACBasicFB,
 )
 from kfac_xp.fisher_blocks.generic import NaiveDiagonalFB, NaiveFullFB
+from kfac_xp.fisher_blocks.grouped import ConvGroupedKFCFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_blocks.multi_use import (
     ConvKFCBasicMultiIndepFB,
@@ -29,9 +30,16 @@ from kfac_xp.fisher_blocks.multi_use import (
 )
 from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
 from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMultiTowerMultiUse
+from kfac_xp.fisher_blocks.weight_sharing import (
+    ConvKFACReduceFB,
+    FullyConnectedKFACExpandFB,
+    FullyConnectedKFACReduceFB,
+)
 
 __all__ = [
     "ConvDiagonalFB",
+    "ConvGroupedKFCFB",
+    "ConvKFACReduceFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
     "DepthwiseConvDiagonalFB",
@@ -41,6 +49,8 @@ __all__ = [
     "FullFB",
     "FullyConnectedDiagonalFB",
     "FullyConnectedKFACBasicFB",
+    "FullyConnectedKFACExpandFB",
+    "FullyConnectedKFACReduceFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedSeriesFB",
     "InputOutputMultiTower",

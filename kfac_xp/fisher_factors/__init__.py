@@ -17,6 +17,7 @@ from kfac_xp.fisher_factors.fully_connected import (
     FullyConnectedKroneckerFactor,
 )
 from kfac_xp.fisher_factors.generic import NaiveDiagonalFactor, NaiveFullFactor, params_sources
+from kfac_xp.fisher_factors.groups import moments_of_groups
 from kfac_xp.fisher_factors.multi_use import (
     ConvInputMultiKF,
     ConvOutputMultiKF,
@@ -51,6 +52,7 @@ __all__ = [
     "ScaleAndShiftDiagonalFactor",
     "ScaleAndShiftFactor",
     "ScaleAndShiftFullFactor",
+    "moments_of_groups",
     "params_sources",
     "refresh_factors",
 ]

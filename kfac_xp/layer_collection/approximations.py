@@ -8,6 +8,8 @@ from typing import Any
 
 from kfac_xp.fisher_blocks import (
     ConvDiagonalFB,
+    ConvGroupedKFCFB,
+    ConvKFACReduceFB,
     ConvKFCBasicFB,
     ConvKFCBasicMultiIndepFB,
     DepthwiseConvDiagonalFB,
@@ -15,6 +17,8 @@ from kfac_xp.fisher_blocks import (
     FisherBlock,
     FullyConnectedDiagonalFB,
     FullyConnectedKFACBasicFB,
+    FullyConnectedKFACExpandFB,
+    FullyConnectedKFACReduceFB,
     FullyConnectedMultiIndepFB,
     FullyConnectedSeriesFB,
     NaiveDiagonalFB,
@@ -40,6 +44,7 @@ def _sides(cls: type[FisherBlock], prefix: str) -> dict[str, Maker]:
 
 
 _SUA = {"use_sua_approx_for_input_factor": True}
+_TRANSPOSED, _DEPTHWISE = {"kind": "transposed"}, {"kind": "depthwise"}
 
 APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
     {
@@ -47,15 +52,37 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
         "fully_connected": {
             **_sides(FullyConnectedKFACBasicFB, "kron"),
             "diagonal": (FullyConnectedDiagonalFB, {}),
+            "kron_expand": (FullyConnectedKFACExpandFB, {}),
+            "kron_reduce": (FullyConnectedKFACReduceFB, {}),
         },
         "conv2d": {
             "kron": (ConvKFCBasicFB, {}),
             "diagonal": (ConvDiagonalFB, {}),
             "kron_sua": (ConvKFCBasicFB, _SUA),
+            "kron_expand": (ConvKFCBasicFB, {}),
+            "kron_reduce": (ConvKFACReduceFB, {}),
+        },
+        "grouped_conv2d": {
+            "kron": (ConvGroupedKFCFB, {}),
+            "diagonal": (ConvDiagonalFB, {}),
+            "kron_expand": (ConvGroupedKFCFB, {}),
+        },
+        "conv_transpose": {
+            "kron": (ConvKFCBasicFB, _TRANSPOSED),
+            "diagonal": (ConvDiagonalFB, _TRANSPOSED),
+            "kron_expand": (ConvKFCBasicFB, _TRANSPOSED),
+            "kron_reduce": (ConvKFACReduceFB, _TRANSPOSED),
+        },
+        "grouped_conv_transpose": {
+            "kron": (ConvGroupedKFCFB, _TRANSPOSED),
+            "diagonal": (ConvDiagonalFB, _TRANSPOSED),
+            "kron_expand": (ConvGroupedKFCFB, _TRANSPOSED),
         },
         "depthwise_conv2d": {
             "diagonal": (DepthwiseConvDiagonalFB, {}),
             "kron": (DepthwiseConvKFCBasicFB, {}),
+            "kron_exact": (ConvGroupedKFCFB, _DEPTHWISE),
+            "diagonal_exact": (ConvDiagonalFB, _DEPTHWISE),
         },
         "fully_connected_multi": {
             **_sides(FullyConnectedMultiIndepFB, "kron_indep"),
@@ -200,11 +227,13 @@ class ApproximationChoices:
         """Change `default_scale_and_shift_approximation`."""
         self._defaults.set("scale_and_shift", value)
 
-    def _approximation(self, kind: str, name: str, approx: str | None) -> str:
-        """The approximation asked for, else the linked one, else the default."""
+    def _approximation(
+        self, kind: str, name: str, approx: str | None, default_of: str | None = None
+    ) -> str:
+        """The approximation asked for, else the linked one, else the default (of another kind)."""
         if approx is None:
             approx = self._linked.get(name)
-        approx = self._defaults.get(kind) if approx is None else approx
+        approx = self._defaults.get(default_of or kind) if approx is None else approx
         require_approximation("approx", kind, approx)
         return approx
 

@@ -6,7 +6,7 @@ import abc
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 from kfac_xp.backend import array_namespace, device_of, require_one_place
 from kfac_xp.batches import Placeholder
@@ -15,6 +15,9 @@ from kfac_xp.layer_collection.approximations import APPROXIMATIONS, Approximatio
 from kfac_xp.layer_collection.report import RegisteredLayer
 from kfac_xp.params import as_arrays, param_shapes
 from kfac_xp.typing import Array, Params
+
+Shape: TypeAlias = tuple[int | None, ...]
+"""Shape of a layer's data, with None for sizes to come."""
 
 
 class LayerEntries(ApproximationChoices, abc.ABC):
@@ -38,16 +41,15 @@ class LayerEntries(ApproximationChoices, abc.ABC):
         params: Params,
         approx: str | None,
         arguments: dict[str, Any],
-        kernel: Array,
-        leading: tuple[None, ...],
+        sides: Callable[[Any], tuple[Shape, Shape]],
         inputs_of: str | None,
         reuse: bool,
-        *,
-        outputs: int | None = None,
     ) -> FisherBlock:
-        """Make the block of a layer with a kernel, with placeholders for its data."""
+        """Make the block of a layer with a kernel, with placeholders for its data.
+
+        `sides` tells the shapes of inputs and gradients by the block, sizes to come None.
+        """
         maker = self._maker(kind, name, approx)
-        d_in, d_out = kernel.shape[-2:]
         is_ids = arguments.get("one_hot_depth") is not None
         chosen, _, fixed = maker
         if is_ids and not fixed.get("diagonal_approx_for_input"):
@@ -57,44 +59,51 @@ class LayerEntries(ApproximationChoices, abc.ABC):
                 f"`approx` of the embedding {name!r} must be one with a diagonal input factor, "
                 f"which is exact for class ids: {exact}; got {chosen!r}."
             )
+        block = self._made(maker, name, arguments)
+        of_inputs, of_outputs = sides(block)
+        kernel = as_arrays(params)[0]
         if inputs_of is None:
-            inputs = self._placeholder(leading if is_ids else (*leading, d_in), kernel)
+            inputs = self._placeholder(of_inputs, kernel)
         else:
             inputs = self._inputs_of(inputs_of)
-            if not is_ids and inputs.shape[-1] != d_in:
+            if not is_ids and inputs.shape[-1] != of_inputs[-1]:
                 raise ValueError(
                     f"{name!r} cannot share an input factor with {inputs_of!r}: its inputs have "
-                    f"{d_in} entries, those of {inputs_of!r} {inputs.shape[-1]}. Leave `inputs_of` "
-                    "out."
+                    f"{of_inputs[-1]} entries, those of {inputs_of!r} {inputs.shape[-1]}. Leave "
+                    "`inputs_of` out."
                 )
-        grads = self._placeholder((*leading, d_out if outputs is None else outputs), kernel)
-        uses = arguments.get("num_uses", 1)
-        block = self._enter(maker, name, params, arguments, inputs, grads, uses, reuse)
+        grads = self._placeholder(of_outputs, kernel)
+        uses = arguments.get("num_uses", 1) if not block.has_uses else arguments.get("num_uses")
+        block = self._enter(block, maker[0], name, params, inputs, grads, uses, reuse)
         if inputs_of is not None:
             self._require_shared_input(name, inputs_of)
         return block
 
+    def _made(self, maker: tuple[str, Any, Any], name: str, arguments: dict[str, Any]) -> Any:
+        """The block of a layer, not entered yet."""
+        _, cls, fixed = maker
+        return cls(self, **arguments, **fixed, name=name)
+
     def _enter(
         self,
-        maker: tuple[str, Any, Any],
+        block: Any,
+        approx: str,
         name: str,
         params: Params,
-        arguments: dict[str, Any],
         inputs: Placeholder | None,
         grads: Placeholder | None,
         uses: float | None,
         reuse: bool,
     ) -> FisherBlock:
-        approx, cls, fixed = maker
-        block: Any = cls(self, **arguments, **fixed, name=name)
+        cls = type(block)
         if reuse:
-            block = self._reused(name, params, cls, approx)
+            block = self._reused(name, params, block, approx)
             entry = self._layers[name]
             entry.uses = None if None in (uses, entry.uses) else (uses or 0) + (entry.uses or 0)
         else:
             self._blocks[name] = block
             self._layers[name] = RegisteredLayer(
-                name, param_shapes(params), cls.__name__, approx, uses
+                name, param_shapes(params), cls.__name__, approx, uses, block.spec
             )
             self._own(name, params)
         if inputs is None:
@@ -104,8 +113,8 @@ class LayerEntries(ApproximationChoices, abc.ABC):
             block.register_additional_tower(inputs, grads)
         return block
 
-    def _reused(self, name: str, params: Params, cls: type, approx: str) -> FisherBlock:
-        entry = self._layers[name]
+    def _reused(self, name: str, params: Params, block: FisherBlock, approx: str) -> FisherBlock:
+        entry, cls = self._layers[name], type(block)
         if (entry.block, entry.approximation) != (cls.__name__, approx):
             raise ValueError(
                 f"layer {name!r} is registered as {entry.block} ({entry.approximation!r}) and "
@@ -116,28 +125,12 @@ class LayerEntries(ApproximationChoices, abc.ABC):
                 f"`params` of the reused layer {name!r} must have the shapes {entry.shapes}; "
                 f"got {param_shapes(params)}."
             )
-        return self._blocks[name]
-
-    def _kernel(
-        self,
-        name: str,
-        params: Params,
-        ndim: int,
-        form: str,
-        reuse: bool,
-        bias_axis: int | None = -1,
-    ) -> tuple[Array, bool]:
-        """The kernel, and whether there is a bias; checked."""
-        self._check_name(name, params, reuse)
-        shapes = param_shapes(params)
-        biases = () if bias_axis is None else (shapes[0][bias_axis:],)
-        fits = len(shapes[0]) == ndim and (shapes[1:] == () or shapes[1:] == biases)
-        if bias_axis is not None and (len(shapes) > 2 or not fits):
+        if entry.spec != block.spec:
             raise ValueError(
-                f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
-                f"over its last axis; got shapes {', '.join(map(str, shapes))}."
+                f"the reused layer {name!r} must have the geometry and layouts that it is "
+                f"registered with: {entry.spec}; got {block.spec}."
             )
-        return as_arrays(params)[0], len(shapes) == 2
+        return self._blocks[name]
 
     def _check_name(self, name: str, params: Params, reuse: bool) -> None:
         self._require_open()

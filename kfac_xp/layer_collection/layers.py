@@ -8,6 +8,7 @@ from typing import Any
 
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.layer_collection.convolutions import ConvolutionRegistry
+from kfac_xp.layer_specs import DenseSpec
 from kfac_xp.params import as_arrays, param_shapes
 from kfac_xp.typing import Array, Params
 
@@ -24,6 +25,7 @@ class LayerRegistry(ConvolutionRegistry):
         approx: str | None = None,
         *,
         dense_inputs: bool = True,
+        kernel_layout: str | None = None,
         inputs_of: str | None = None,
         reuse: bool = False,
     ) -> FisherBlock:
@@ -38,10 +40,14 @@ class LayerRegistry(ConvolutionRegistry):
             device are read, values are not.
         approx
             ``"kron"`` (the default), ``"kron_in_diag"``, ``"kron_out_diag"``,
-            ``"kron_both_diag"`` or ``"diagonal"``.
+            ``"kron_both_diag"`` or ``"diagonal"``; over sequences, inputs [N, T, d_in] and
+            gradients [N, T, d_out], ``"kron_expand"`` or ``"kron_reduce"``.
         dense_inputs
             False for an embedding: its inputs are class ids [N], integers below d_in. It has no
             bias, and needs an approximation with a diagonal input factor, which is exact for it.
+        kernel_layout
+            Order of the kernel's axes in parameters, gradients and results: None or ``"IO"`` for
+            [d_in, d_out], ``"OI"`` for [d_out, d_in].
         inputs_of
             Name of a registered layer that has the same inputs, as query, key and value have:
             both then share one input factor.
@@ -56,18 +62,17 @@ class LayerRegistry(ConvolutionRegistry):
         KeyError
             If `inputs_of`, or with `reuse` the name, is not registered.
         """
-        kernel, has_bias = self._kernel(name, params, 2, "[d_in, d_out]", reuse)
-        arguments: dict[str, Any] = {"has_bias": has_bias}
-        leading: tuple[None, ...] = (None,)
-        if not dense_inputs:
-            if has_bias:
-                raise ValueError(
-                    f"`params` of the embedding {name!r} must be a kernel alone: with class ids "
-                    "as inputs there is no bias. Register the bias with `register_generic`."
-                )
-            arguments["one_hot_depth"] = kernel.shape[0]
-        return self._register(
-            "fully_connected", name, params, approx, arguments, kernel, leading, inputs_of, reuse
+        return self._register_dense(
+            "fully_connected",
+            name,
+            params,
+            approx,
+            {},
+            (None,),
+            dense_inputs=dense_inputs,
+            kernel_layout=kernel_layout,
+            inputs_of=inputs_of,
+            reuse=reuse,
         )
 
     def register_fully_connected_multi(
@@ -78,6 +83,7 @@ class LayerRegistry(ConvolutionRegistry):
         approx: str | None = None,
         *,
         dense_inputs: bool = True,
+        kernel_layout: str | None = None,
         inputs_of: str | None = None,
         reuse: bool = False,
     ) -> FisherBlock:
@@ -85,7 +91,7 @@ class LayerRegistry(ConvolutionRegistry):
 
         Parameters
         ----------
-        name, params, dense_inputs, inputs_of, reuse
+        name, params, dense_inputs, kernel_layout, inputs_of, reuse
             As for `register_fully_connected`.
         num_uses
             How often; what the first batch has if None. Inputs and gradients are lists over uses,
@@ -99,18 +105,55 @@ class LayerRegistry(ConvolutionRegistry):
         ValueError, KeyError
             As for `register_fully_connected`.
         """
-        kernel, has_bias = self._kernel(name, params, 2, "[d_in, d_out]", reuse)
-        arguments: dict[str, Any] = {"has_bias": has_bias, "num_uses": num_uses}
+        return self._register_dense(
+            "fully_connected_multi",
+            name,
+            params,
+            approx,
+            {"num_uses": num_uses},
+            (None, None),
+            dense_inputs=dense_inputs,
+            kernel_layout=kernel_layout,
+            inputs_of=inputs_of,
+            reuse=reuse,
+        )
+
+    def _register_dense(
+        self,
+        kind: str,
+        name: str,
+        params: Params,
+        approx: str | None,
+        arguments: dict[str, Any],
+        leading: tuple[None, ...],
+        *,
+        dense_inputs: bool,
+        kernel_layout: str | None,
+        inputs_of: str | None,
+        reuse: bool,
+    ) -> FisherBlock:
+        self._check_name(name, params, reuse)
+        shapes, order = param_shapes(params), DenseSpec.create(kernel_layout).kernel
+        d_in, d_out = order.own_sizes(shapes[0]) if len(shapes[0]) == 2 else (None, None)
+        if d_in is None or shapes[1:] not in ((), ((d_out,),)):
+            form = "[d_in, d_out]" if order.is_own else f"[d_out, d_in] ({order.words})"
+            raise ValueError(
+                f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
+                f"over its outputs; got shapes {', '.join(map(str, shapes))}."
+            )
+        arguments = arguments | {"has_bias": len(shapes) == 2}
+        if not order.is_own:
+            arguments["kernel_layout"] = kernel_layout
         if not dense_inputs:
-            if has_bias:
+            if len(shapes) == 2:
                 raise ValueError(
                     f"`params` of the embedding {name!r} must be a kernel alone: with class ids "
                     "as inputs there is no bias. Register the bias with `register_generic`."
                 )
-            arguments["one_hot_depth"] = kernel.shape[0]
-        kind, leading = "fully_connected_multi", (None, None)
+            arguments["one_hot_depth"] = d_in
+        data = ((*leading, d_in) if dense_inputs else leading, (*leading, d_out))
         return self._register(
-            kind, name, params, approx, arguments, kernel, leading, inputs_of, reuse
+            kind, name, params, approx, arguments, lambda block: data, inputs_of, reuse
         )
 
     # ------------------------------------------------------------------ other layers
@@ -164,7 +207,8 @@ class LayerRegistry(ConvolutionRegistry):
         maker = self._maker("scale_and_shift", name, approx)
         like = as_arrays(params)[0]
         data = self._placeholder((None, *shape[1:]), like)
-        return self._enter(maker, name, params, arguments, data, data, 1, reuse)
+        block = self._made(maker, name, arguments)
+        return self._enter(block, maker[0], name, params, data, data, 1, reuse)
 
     def register_generic(
         self, name: str, params: Params, approx: str | None = None, *, reuse: bool = False
@@ -186,7 +230,8 @@ class LayerRegistry(ConvolutionRegistry):
         maker = self._maker("generic", name, approx)
         like = as_arrays(params)[0]
         arrays = tuple(self._placeholder(tuple(a.shape), like) for a in as_arrays(params))
-        return self._enter(maker, name, params, {"params": arrays}, None, None, math.inf, reuse)
+        block = self._made(maker, name, {"params": arrays})
+        return self._enter(block, maker[0], name, params, None, None, math.inf, reuse)
 
     def auto_register_layers(self, *args: Any, **keywords: Any) -> None:
         """Raise NotImplementedError: there is no graph to search for layers.

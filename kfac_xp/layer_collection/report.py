@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kfac_xp.layer_specs import LayerSpec
 from kfac_xp.params import param_shapes
 from kfac_xp.typing import Vectors
 
@@ -23,6 +24,8 @@ class RegisteredLayer:
     uses
         How often the layer is used on one case; None if the first batch tells, infinity for
         generic parameters, whose gradients contain every use.
+    spec
+        Geometry, groups and layouts, of layers that have them.
     """
 
     name: str
@@ -30,6 +33,7 @@ class RegisteredLayer:
     block: str
     approximation: str
     uses: float | None
+    spec: LayerSpec | None = None
 
     @property
     def num_entries(self) -> int:
@@ -38,14 +42,15 @@ class RegisteredLayer:
 
     @property
     def words(self) -> str:
-        """Block and approximation, and how often the layer is used."""
+        """Block and approximation, how often the layer is used, and what is not the default."""
         if self.uses is None:
             times = "uses set by the first batch"
         elif math.isinf(self.uses):
             times = "any number of uses"
         else:
             times = f"{self.uses:.0f} use{'s' * (self.uses != 1)}"
-        return f"{self.block} ({self.approximation!r}), {times}"
+        more = f", {self.spec.words}" if self.spec is not None and self.spec.words else ""
+        return f"{self.block} ({self.approximation!r}), {times}{more}"
 
 
 @dataclass(frozen=True)
