@@ -59,7 +59,8 @@ class GroupedConvInputMoment:
         chunk = max(1, _CHUNK_ELEMENTS // max(1, num_locations * taps * channels))
         total = xp.zeros(self.shape, dtype=inputs.dtype, device=device_of(inputs))
         for start in range(0, num_cases, chunk):
-            patches = extract_patches(inputs[start : start + chunk, ...], self.geometry)
+            stop = min(start + chunk, num_cases)
+            patches = extract_patches(inputs[start:stop, ...], self.geometry)
             rows = xp.reshape(patches, (-1, taps, self.groups, width))
             rows = xp.permute_dims(rows, (2, 0, 1, 3))
             rows = xp.reshape(rows, (self.groups, -1, taps * width))

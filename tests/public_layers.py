@@ -133,6 +133,10 @@ def used_twice(p):
     return p.normal(2, 4, 3), p.normal(2, 4, 2)
 
 
+def sequences(p):
+    return p.normal(4, 5, 3), p.normal(4, 5, 2)
+
+
 def kernel(*shape):
     return lambda p: p.normal(*shape)
 
@@ -154,6 +158,14 @@ FILTER, DEPTHWISE = kernel(3, 3, 2, 3), kernel(3, 3, 2, 2)
 BLOCKS = {
     "ConvDiagonalFB": block(
         lambda p: kfac_xp.ConvDiagonalFB(None, FILTER(p), (1, 1), "SAME"), convolved(), FILTER
+    ),
+    "ConvGroupedKFCFB": block(
+        lambda p: kfac_xp.ConvGroupedKFCFB(None, kernel(3, 3, 1, 4)(p), "SAME", groups=2),
+        convolved(4),
+        kernel(3, 3, 1, 4),
+    ),
+    "ConvKFACReduceFB": block(
+        lambda p: kfac_xp.ConvKFACReduceFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
     "ConvKFCBasicFB": block(
         lambda p: kfac_xp.ConvKFCBasicFB(None, FILTER(p), "SAME"), convolved(), FILTER
@@ -178,6 +190,12 @@ BLOCKS = {
     ),
     "FullyConnectedKFACBasicFB": block(
         lambda p: kfac_xp.FullyConnectedKFACBasicFB(None, True), dense, kernel_and_bias
+    ),
+    "FullyConnectedKFACExpandFB": block(
+        lambda p: kfac_xp.FullyConnectedKFACExpandFB(None, True), sequences, kernel_and_bias
+    ),
+    "FullyConnectedKFACReduceFB": block(
+        lambda p: kfac_xp.FullyConnectedKFACReduceFB(None, True), sequences, kernel_and_bias
     ),
     "FullyConnectedMultiIndepFB": block(
         lambda p: kfac_xp.FullyConnectedMultiIndepFB(None, num_uses=2), used_twice, kernel(3, 2)

@@ -15,6 +15,7 @@ WITHOUT_ARRAYS = {
     "Rates": "numbers that were measured",
     "RegistrationReport": "words about shapes",
     "SeriesFBApproximation": "an enumeration",
+    "TransposedConvGeometry": "ints only",
     "StepInfo": "made by the optimizer, where steps are watched",
     "batch_execute": "calls functions",
     "calibrate": "measures, and waits for what it measures",
@@ -109,6 +110,9 @@ FUNCTIONS = {
     "extract_patches": lambda p: kfac_xp.extract_patches(images(p), GEOMETRY),
     "extract_pointwise_conv2d_patches": lambda p: kfac_xp.extract_pointwise_conv2d_patches(
         images(p), (1, 1, 2, 5)
+    ),
+    "extract_transposed_patches": lambda p: kfac_xp.extract_transposed_patches(
+        images(p), kfac_xp.TransposedConvGeometry.create((3, 3), (2, 2), "SAME")
     ),
     "generate_random_signs": lambda p: kfac_xp.generate_random_signs(0, (3, 2), p.normal(1)),
     "kronecker_product": lambda p: kfac_xp.kronecker_product(p.normal(2, 3), p.normal(4, 1)),

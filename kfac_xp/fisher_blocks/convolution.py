@@ -107,8 +107,7 @@ class Convolution(SharedOverLocations):
                 "cuts off all of them. Use less padding, or larger images."
             )
 
-    @property
-    def _order_of_data(self) -> str:
+    def _hint(self, array: Array) -> str:
         return f" ({self.spec.data_words})" if self.spec.data_words else ""
 
     @property

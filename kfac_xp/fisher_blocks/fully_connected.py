@@ -106,6 +106,11 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         d_in, d_out = (side_of(f).dimension for f in self._require_factors().values())
         return self.spec.shapes(d_in, d_out, self.has_bias)
 
+    def _hint(self, array: Array) -> str:
+        if array.ndim != 3 or self.has_uses:
+            return ""
+        return " (approx='kron_expand' or 'kron_reduce' for sequences [N, T, d])"
+
     def _input_pattern(self) -> tuple[int | str, ...]:
         if self.one_hot_depth is not None:
             return ("N",)

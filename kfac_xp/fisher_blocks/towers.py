@@ -169,9 +169,8 @@ class InputOutputMultiTower(FisherBlock):
         """The same of the gradients."""
         return tower
 
-    @property
-    def _order_of_data(self) -> str:
-        """Words on the order of the data's axes, for errors, if it is not the library's."""
+    def _hint(self, array: Array) -> str:
+        """What an error about the shape of inputs or gradients says besides."""
         return ""
 
     def _joined(self, towers: Sequence[Any]) -> list[Any]:
@@ -185,7 +184,7 @@ class InputOutputMultiTower(FisherBlock):
         self._require_factors()
         for t, x in enumerate(inputs):
             label = f"{self.name}: inputs[{t}]"
-            why = f"for this layer's parameters{self._order_of_data}"
+            why = f"for this layer's parameters{self._hint(x)}"
             require_shape(label, x, self._input_pattern(), why)
         return self._joined([self._inputs_in(x) for x in inputs])
 
@@ -194,7 +193,7 @@ class InputOutputMultiTower(FisherBlock):
         label = f"{self.name}: outputs_grads[{source}]"
         _require_as_many(label, grads, inputs)
         for t, (x, g) in enumerate(zip(inputs, grads, strict=True)):
-            why = f"for inputs of shape {tuple(x.shape)}{self._order_of_data}"
+            why = f"for inputs of shape {tuple(x.shape)}{self._hint(g)}"
             require_shape(f"{label}[{t}]", g, self._output_pattern(x), why)
         return self._joined([self._grads_in(g) for g in grads])
 
@@ -328,7 +327,7 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         towers = [self._tower(f"inputs[{t}]", x) for t, x in enumerate(inputs)]
         for t, x in enumerate(towers):
             label = f"{self.name}: inputs[{t}]"
-            why = f"for this layer's parameters{self._order_of_data}"
+            why = f"for this layer's parameters{self._hint(x)}"
             require_shape(label, uses_folded(x), self._input_pattern(), why)
         counts = {x.shape[0] for x in towers}
         if len(counts) > 1:
@@ -347,7 +346,7 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
             gs = with_uses(name, g, uses, self._num_axes_of_outputs)
             folded = Placeholder((uses * cases, *rest), gs)
             pattern = self._output_pattern(folded)
-            why = f"for inputs of shape {folded.shape}{self._order_of_data}"
+            why = f"for inputs of shape {folded.shape}{self._hint(gs)}"
             require_shape(name, uses_folded(gs), pattern, why)
             towers.append(gs)
         return self._joined([self._grads_in(g) for g in towers])

@@ -97,6 +97,9 @@ class FullyConnectedKFACExpandFB(SharedOverLocations, FullyConnectedKFACBasicFB)
     def _grads_in(self, tower: Any) -> Any:
         return self._inputs_in(tower)
 
+    def _hint(self, array: Array) -> str:
+        return " over sequences"
+
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", "T", side_of(self.input_factor).dimension)
 
@@ -148,6 +151,9 @@ class FullyConnectedKFACReduceFB(FullyConnectedKFACBasicFB):
         return _sequences(
             self.name, tower, lambda xp, x: xp.sum(as_statistics(detached(x), dtype), axis=1)
         )
+
+    def _hint(self, array: Array) -> str:
+        return " over sequences"
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", "T", side_of(self.input_factor).dimension)

@@ -338,7 +338,7 @@ class ConvolutionRegistry(LayerEntries):
             **{key: value for key, value in others.items() if value is not None},
             **({} if groups == 1 else {"groups": groups}),
         }
-        leading = (None,) * (1 + num_axes + (kind == "conv2d_multi"))
+        leading = (None,) * (1 + num_axes)  # uses come as if they were cases
 
         def sides(block: Any) -> tuple[Shape, Shape]:
             spec = block.spec
