@@ -334,8 +334,22 @@ def test_grouped_layers_share_input_factors(rng):
     estimator.update_cov({n: (x, g) for n, g in grads.items()}, ema_decay=0.9)
     other = kfac_xp.LayerCollection()
     other.register_conv2d("a", np.zeros((3, 3, 2, 4)), groups=2)
-    with pytest.raises(ValueError, match="cannot share an input factor"):
-        other.register_conv2d("b", np.zeros((3, 3, 1, 4)), groups=4, inputs_of="a")
+    for more in ({"groups": 2, "strides": (2, 2)}, {"groups": 2, "data_format": "NCHW"}, {}):
+        kernel = np.zeros((3, 3, 4 // more.get("groups", 1), 4))
+        with pytest.raises(ValueError, match="cannot share an input factor"):
+            other.register_conv2d("b", kernel, inputs_of="a", **more)
+
+
+def test_factors_of_groups_are_bound_to_their_channels(rng):
+    """As the documented ops read them: one factor at a time, from what it was made of."""
+    x, g = rng.normal(size=(3, 4, 4, 4)), rng.normal(size=(3, 4, 4, 4))
+    block = kfac_xp.ConvGroupedKFCFB(None, np.zeros((3, 3, 2, 4)), "SAME", groups=2)
+    block.register_additional_tower(x, g)
+    block.instantiate_factors([[g]], 0.1)
+    by_op = [f.make_covariance_update_op(0.9)() for f in block.factors.values()]
+    block.update_cov(inputs=x, outputs_grads=g, ema_decay=0)
+    for cov, factor in zip(by_op, block.factors.values(), strict=True):
+        assert_close(cov, factor.cov, 1e-12)
 
 
 def test_the_exact_depthwise_inverse_is_not_the_restricted_one(rng):
