@@ -106,8 +106,8 @@ from kfac_xp.ops import (
     extract_image_patches,
     extract_patches,
     extract_pointwise_conv2d_patches,
-    pack_symmetric,
     extract_transposed_patches,
+    pack_symmetric,
     squared_outer,
     unpack_symmetric,
 )
