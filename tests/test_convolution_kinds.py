@@ -291,6 +291,7 @@ class TestConvGroupedKFCFB(BlockContract):
         return dense.reshape(36, 36)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("width", [2, 16])  # groups together, and one by one
 @pytest.mark.parametrize("masked", [False, True])
 def test_groups_are_convolutions_side_by_side(xp, rng, width, masked):
@@ -374,6 +375,7 @@ def test_the_exact_depthwise_inverse_is_not_the_restricted_one(rng):
 # Layouts
 
 
+@pytest.mark.more
 def test_another_layout_gives_the_same_numbers(xp, rng, tmp_path):
     """Two steps and a reload in each layout: the very same numbers, permuted."""
 
@@ -466,6 +468,28 @@ def test_multi_use_blocks_take_layouts(rng):
         estimator.update_inverses()
         found.append(estimator.multiply_inverse({"c": vector})["c"])
     assert np.array_equal(found[0], np.transpose(found[1], (2, 3, 1, 0)))
+
+
+def test_sparse_rows_are_of_kernels_in_the_own_order(rng):
+    """An embedding's gradient is rows of [d_in, d_out]; of [d_out, d_in] it would be columns."""
+    ids, g = rng.integers(0, 5, size=4), rng.normal(size=(4, 2))
+    rows = kfac_xp.IndexedSlices(g, ids, (5, 2))
+    found = []
+    for layout in ("IO", "OI"):
+        kernel = np.zeros((5, 2) if layout == "IO" else (2, 5))
+        layers = kfac_xp.LayerCollection()
+        block = layers.register_fully_connected(
+            "e", kernel, "kron_in_diag", dense_inputs=False, kernel_layout=layout
+        )
+        estimator = kfac_xp.FisherEstimator(layers, 0.1)
+        estimator.update_cov({"e": (ids, g)}, ema_decay=0.9)
+        estimator.update_inverses()
+        vector = rows.to_dense() if layout == "IO" else rows.to_dense().T
+        found.append(block.multiply_inverse(vector))
+    assert np.array_equal(found[0], found[1].T)
+    turned = kfac_xp.IndexedSlices(rng.normal(size=(4, 5)), ids % 2, (2, 5))
+    with pytest.raises(TypeError, match="`IndexedSlices` are rows of a kernel"):
+        block.multiply_inverse(turned)
 
 
 # ---------------------------------------------------------------------------------------------
