@@ -142,7 +142,9 @@ def updated(register, inputs, grads, damping=0.1, **options):
     return block
 
 
-@pytest.mark.parametrize("approx", ["kron_expand", "kron_reduce"])
+@pytest.mark.parametrize(
+    "approx", [pytest.param("kron_expand", marks=pytest.mark.more), "kron_reduce"]
+)
 def test_scales_by_what_they_are_special_cases_of(xp, rng, approx):
     x, g = draw(xp, rng, N, T, 3), draw(xp, rng, N, T, 2)
     kernel, vector = xp.zeros((3, 2), dtype=xp.float64), draw(xp, rng, 3, 2)
