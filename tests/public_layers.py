@@ -155,6 +155,9 @@ BLOCKS = {
     "ConvDiagonalFB": block(
         lambda p: kfac_xp.ConvDiagonalFB(None, FILTER(p), (1, 1), "SAME"), convolved(), FILTER
     ),
+    "ConvEKFACFB": block(
+        lambda p: kfac_xp.ConvEKFACFB(None, FILTER(p), "SAME"), convolved(), FILTER
+    ),
     "ConvKFCBasicFB": block(
         lambda p: kfac_xp.ConvKFCBasicFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
@@ -175,6 +178,9 @@ BLOCKS = {
     ),
     "FullyConnectedDiagonalFB": block(
         lambda p: kfac_xp.FullyConnectedDiagonalFB(None, True), dense, kernel_and_bias
+    ),
+    "FullyConnectedEKFACFB": block(
+        lambda p: kfac_xp.FullyConnectedEKFACFB(None, True), dense, kernel_and_bias
     ),
     "FullyConnectedKFACBasicFB": block(
         lambda p: kfac_xp.FullyConnectedKFACBasicFB(None, True), dense, kernel_and_bias

@@ -37,6 +37,7 @@ ABSTRACT = {
     "DiagonalFB",
     "DiagonalFactor",
     "DistributionNegativeLogProbLoss",
+    "EigenvalueCorrectedFB",
     "FisherBlock",
     "FisherFactor",
     "FullFB",

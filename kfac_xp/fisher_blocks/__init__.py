@@ -14,6 +14,11 @@ from kfac_xp.fisher_blocks.depthwise import (
     depthwise_conv2d_filter_to_conv2d_filter,
 )
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.eigenvalue_corrected import (
+    ConvEKFACFB,
+    EigenvalueCorrectedFB,
+    FullyConnectedEKFACFB,
+)
 from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_blocks.fully_connected import (
     FullyConnectedDiagonalFB,
@@ -32,14 +37,17 @@ from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMulti
 
 __all__ = [
     "ConvDiagonalFB",
+    "ConvEKFACFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
     "DepthwiseConvDiagonalFB",
     "DepthwiseConvKFCBasicFB",
     "DiagonalFB",
+    "EigenvalueCorrectedFB",
     "FisherBlock",
     "FullFB",
     "FullyConnectedDiagonalFB",
+    "FullyConnectedEKFACFB",
     "FullyConnectedKFACBasicFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedSeriesFB",

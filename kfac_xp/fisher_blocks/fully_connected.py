@@ -98,7 +98,8 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
 
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
-        d_in, d_out = (side_of(f).dimension for f in self._require_factors().values())
+        self._require_factors()
+        d_in, d_out = (side_of(f).dimension for f in (self.input_factor, self.output_factor))
         return ((d_in, d_out), (d_out,))[: 1 + self.has_bias]
 
     def _input_pattern(self) -> tuple[int | str, ...]:

@@ -23,6 +23,12 @@ from kfac_xp.fisher_factors.multi_use import (
     DiagonalMultiKF,
     FullyConnectedMultiKF,
 )
+from kfac_xp.fisher_factors.rotated import (
+    ConvRotatedFactor,
+    FullyConnectedRotatedFactor,
+    RotatedDiagonalFactor,
+    Side,
+)
 from kfac_xp.fisher_factors.scale_and_shift import (
     ScaleAndShiftDiagonalFactor,
     ScaleAndShiftFactor,
@@ -37,6 +43,7 @@ __all__ = [
     "ConvInputSUAKroneckerFactor",
     "ConvOutputKroneckerFactor",
     "ConvOutputMultiKF",
+    "ConvRotatedFactor",
     "DenseSquareMatrixFactor",
     "DiagonalFactor",
     "DiagonalKroneckerFactor",
@@ -45,12 +52,15 @@ __all__ = [
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
     "FullyConnectedMultiKF",
+    "FullyConnectedRotatedFactor",
     "InverseProvidingFactor",
     "NaiveDiagonalFactor",
     "NaiveFullFactor",
+    "RotatedDiagonalFactor",
     "ScaleAndShiftDiagonalFactor",
     "ScaleAndShiftFactor",
     "ScaleAndShiftFullFactor",
+    "Side",
     "params_sources",
     "refresh_factors",
 ]

@@ -375,6 +375,9 @@ class FisherFactor(abc.ABC):
     def _sources(self, *args: Any, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
         """For each source, the moment's arguments of each tower, checked."""
 
+    def _follow(self) -> None:
+        """After a refresh: take over what was computed for the factors that this one goes by."""
+
     def _make_powers(self, options: FactorOptions) -> Representation:
         return self.representation(options)
 
@@ -452,10 +455,12 @@ def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:
     """`update_inverses` of all factors, with one look at the device for all of them."""
-    items = []
+    items, factors = [], list(factors)
     for factor in factors:
         if factor._powers.needs_refresh:
             factor._value()  # says so if there is none yet
         if factor._average is not None:
             items.append((factor.name, factor._powers, factor._average))
     refresh(items)
+    for factor in factors:
+        factor._follow()

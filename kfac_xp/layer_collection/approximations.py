@@ -8,12 +8,14 @@ from typing import Any
 
 from kfac_xp.fisher_blocks import (
     ConvDiagonalFB,
+    ConvEKFACFB,
     ConvKFCBasicFB,
     ConvKFCBasicMultiIndepFB,
     DepthwiseConvDiagonalFB,
     DepthwiseConvKFCBasicFB,
     FisherBlock,
     FullyConnectedDiagonalFB,
+    FullyConnectedEKFACFB,
     FullyConnectedKFACBasicFB,
     FullyConnectedMultiIndepFB,
     FullyConnectedSeriesFB,
@@ -47,11 +49,13 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
         "fully_connected": {
             **_sides(FullyConnectedKFACBasicFB, "kron"),
             "diagonal": (FullyConnectedDiagonalFB, {}),
+            "ekfac": (FullyConnectedEKFACFB, {}),
         },
         "conv2d": {
             "kron": (ConvKFCBasicFB, {}),
             "diagonal": (ConvDiagonalFB, {}),
             "kron_sua": (ConvKFCBasicFB, _SUA),
+            "ekfac": (ConvEKFACFB, {}),
         },
         "depthwise_conv2d": {
             "diagonal": (DepthwiseConvDiagonalFB, {}),

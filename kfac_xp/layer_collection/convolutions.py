@@ -59,11 +59,11 @@ class ConvolutionRegistry(LayerEntries):
         data_format
             None or a name that ends in "C": channels are last.
         approx
-            ``"kron"`` (the default), ``"diagonal"`` or ``"kron_sua"``.
+            ``"kron"`` (the default), ``"diagonal"``, ``"kron_sua"`` or ``"ekfac"``.
         **keywords
             ``inputs_of`` and ``reuse`` as for `register_fully_connected`; ``patch_mask``, and for
-            ``"kron"`` ``sub_sample_inputs``, ``sub_sample_patches`` and ``generator``, as for
-            `ConvKFCBasicFB`.
+            ``"kron"`` and ``"ekfac"`` ``sub_sample_inputs``, ``sub_sample_patches`` and
+            ``generator``, as for `ConvKFCBasicFB`.
 
         Raises
         ------
