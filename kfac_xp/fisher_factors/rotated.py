@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from kfac_xp.averages import is_finite
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_factors.convolution import ConvDiagonalFactor
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
@@ -126,6 +127,12 @@ class RotatedDiagonalFactor(DiagonalFactor):
         if self._basis is None:
             counted = self._sides[0].factor._require_average()
             start = w_in[:, None] * w_out[None, :] * as_scalar_like(self._scale(), w_in)
+            if not is_finite(start):
+                raise FloatingPointError(
+                    f"the eigenvalues of {self.label} overflow: the product of those of its two "
+                    f"Kronecker factors is not finite in {start.dtype}. Scale the loss down, or "
+                    "pass a wider `dtype`."
+                )
             average.restart(start, counted.weight, max(1, counted.num_updates))
         else:
             with exact_products(u_in):

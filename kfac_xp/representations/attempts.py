@@ -176,10 +176,14 @@ class Health:
         return self.residual <= MAX_RESIDUAL and self.condition == self.condition
 
 
-def relative_jitter(cov: Array) -> Array:
-    """A relative nudge of the diagonal: n machine epsilons of its largest entry."""
+def relative_jitter(cov: Array, dtype: Any = None) -> Array:
+    """A relative nudge of the diagonal: n machine epsilons of its largest entry.
+
+    The epsilon is that of `dtype`, of the matrix if None.
+    """
     xp = array_namespace(cov)
-    return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
+    eps = float(xp.finfo(cov.dtype if dtype is None else dtype).eps)
+    return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * eps)
 
 
 def without_residual(array: Array, condition: Scalar = 1.0) -> Array:

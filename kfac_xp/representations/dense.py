@@ -184,6 +184,9 @@ class Dense(Representation):
         eigen = None if len(solved) == count else self._eigen_of(prepared, *solved[count])
         arrays, checks = self._compute(prepared, cast(value, prepared.dtype), inverses, eigen)
         arrays = {request: cast(a, value.dtype) for request, a in arrays.items()}
+        if prepared.dtype != value.dtype:
+            # What is finite in float64 may be too large for the statistics' dtype.
+            checks = checks + [without_residual(a) for a in arrays.values()]
         basis = None
         if eigen is not None and self.options.eigh_method == "orthogonal_iteration":
             basis = cast(eigen.vectors, value.dtype)
@@ -234,8 +237,9 @@ class Dense(Representation):
     def _eigen_of(self, prepared: Prepared, w: Array, v: Array, rest: Array | None = None) -> Eigen:
         w = linalg.clipped_below(w, self.options.eigenvalue_clipping_threshold)
         if prepared.is_clipped:
+            # Below lies the rounding of the statistics, in their own dtype.
             cov = cast(self.cov_of(prepared.value), prepared.dtype)
-            w = linalg.clipped_below(w, relative_jitter(cov))
+            w = linalg.clipped_below(w, relative_jitter(cov, prepared.value.dtype))
         return Eigen(w, v, rest)
 
     def _compute(
