@@ -166,6 +166,7 @@ BLOCKS = {
         lambda p: (p.normal(2, 4, 4, 4, 2), p.normal(2, 4, 4, 4, 3)),
         FILTER,
     ),
+    "ConvTNTFB": block(lambda p: kfac_xp.ConvTNTFB(None, FILTER(p), "SAME"), convolved(), FILTER),
     "DepthwiseConvDiagonalFB": block(
         lambda p: kfac_xp.DepthwiseConvDiagonalFB(None, DEPTHWISE(p), (1, 1), "SAME"),
         convolved(4),
@@ -200,6 +201,9 @@ BLOCKS = {
         )(p)
         for option in (1, 2)
     ],
+    "FullyConnectedTNTFB": block(
+        lambda p: kfac_xp.FullyConnectedTNTFB(None, True), dense, kernel_and_bias
+    ),
     "NaiveDiagonalFB": block(
         lambda p: kfac_xp.NaiveDiagonalFB(None, p.normal(3, 2)), None, kernel(3, 2)
     ),

@@ -50,6 +50,7 @@ ABSTRACT = {
     "NaturalParamsNegativeLogProbLoss",
     "NegativeLogProbLoss",
     "ScaleAndShiftFactor",
+    "TensorNormalFB",
 }
 """Their subclasses are called."""
 

@@ -33,6 +33,7 @@ from kfac_xp.fisher_blocks.multi_use import (
     SeriesFBApproximation,
 )
 from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
+from kfac_xp.fisher_blocks.tensor_normal import ConvTNTFB, FullyConnectedTNTFB, TensorNormalFB
 from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMultiTowerMultiUse
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ConvEKFACFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
+    "ConvTNTFB",
     "DepthwiseConvDiagonalFB",
     "DepthwiseConvKFCBasicFB",
     "DiagonalFB",
@@ -51,6 +53,7 @@ __all__ = [
     "FullyConnectedKFACBasicFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedSeriesFB",
+    "FullyConnectedTNTFB",
     "InputOutputMultiTower",
     "InputOutputMultiTowerMultiUse",
     "KroneckerProductFB",
@@ -59,6 +62,7 @@ __all__ = [
     "ScaleAndShiftDiagonalFB",
     "ScaleAndShiftFullFB",
     "SeriesFBApproximation",
+    "TensorNormalFB",
     "add_moments",
     "average_in",
     "blocks_factors",

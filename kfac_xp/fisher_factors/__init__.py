@@ -35,6 +35,10 @@ from kfac_xp.fisher_factors.scale_and_shift import (
     ScaleAndShiftFullFactor,
 )
 from kfac_xp.fisher_factors.spatially_uncorrelated import ConvInputSUAKroneckerFactor
+from kfac_xp.fisher_factors.tensor_normal import (
+    ConvTensorNormalFactor,
+    FullyConnectedTensorNormalFactor,
+)
 
 __all__ = [
     "ConvDiagonalFactor",
@@ -44,6 +48,7 @@ __all__ = [
     "ConvOutputKroneckerFactor",
     "ConvOutputMultiKF",
     "ConvRotatedFactor",
+    "ConvTensorNormalFactor",
     "DenseSquareMatrixFactor",
     "DiagonalFactor",
     "DiagonalKroneckerFactor",
@@ -53,6 +58,7 @@ __all__ = [
     "FullyConnectedKroneckerFactor",
     "FullyConnectedMultiKF",
     "FullyConnectedRotatedFactor",
+    "FullyConnectedTensorNormalFactor",
     "InverseProvidingFactor",
     "NaiveDiagonalFactor",
     "NaiveFullFactor",

@@ -59,7 +59,7 @@ class ConvolutionRegistry(LayerEntries):
         data_format
             None or a name that ends in "C": channels are last.
         approx
-            ``"kron"`` (the default), ``"diagonal"``, ``"kron_sua"`` or ``"ekfac"``.
+            ``"kron"`` (the default), ``"diagonal"``, ``"kron_sua"``, ``"ekfac"`` or ``"tnt"``.
         **keywords
             ``inputs_of`` and ``reuse`` as for `register_fully_connected`; ``patch_mask``, and for
             ``"kron"`` and ``"ekfac"`` ``sub_sample_inputs``, ``sub_sample_patches`` and
@@ -246,11 +246,11 @@ class ConvolutionRegistry(LayerEntries):
             "sub_sample_patches": sub_sample_patches,
             "generator": generator,
         }
-        if approx != "diagonal":
+        if approx not in ("diagonal", "tnt"):
             arguments |= subsampling
         elif any(value is not None for value in subsampling.values()):
             raise ValueError(
-                f"approx='diagonal' of layer {name!r} takes no subsampling: "
+                f"approx={approx!r} of layer {name!r} takes no subsampling: "
                 f"{', '.join(f'`{k}`' for k, v in subsampling.items() if v is not None)} given. "
                 "Use approx='kron'."
             )

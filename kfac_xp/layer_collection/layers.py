@@ -38,7 +38,7 @@ class LayerRegistry(ConvolutionRegistry):
             device are read, values are not.
         approx
             ``"kron"`` (the default), ``"kron_in_diag"``, ``"kron_out_diag"``,
-            ``"kron_both_diag"``, ``"diagonal"`` or ``"ekfac"``.
+            ``"kron_both_diag"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``.
         dense_inputs
             False for an embedding: its inputs are class ids [N], integers below d_in. It has no
             bias, and needs an approximation with a diagonal input factor, which is exact for it.
