@@ -123,7 +123,7 @@ class EigenvalueCorrectedFB(KroneckerProductFB):
                 mat = xp.matmul(xp.matmul(u_in, mat), xp.matrix_transpose(u_out))
         return mat2d_to_layer_params(vector, cast(mat, dtype))
 
-    def _sides(self) -> tuple[Side, Side]:
+    def _basis_sides(self) -> tuple[Side, Side]:
         """The two factors, with the dampings under which their eigenbases are kept."""
         first, second = FactorDamping(self, 0), FactorDamping(self, 1)
         return Side(self.input_factor, first), Side(self.output_factor, second)  # type: ignore
@@ -177,7 +177,7 @@ class FullyConnectedEKFACFB(EigenvalueCorrectedFB, FullyConnectedKFACBasicFB):
             inputs,
             grads,
             self.has_bias,
-            sides=self._sides(),
+            sides=self._basis_sides(),
             scale=self._kronecker_scale,
         )
 
@@ -254,6 +254,6 @@ class ConvEKFACFB(EigenvalueCorrectedFB, ConvKFCBasicFB):
             geometry.dilation,
             self.has_bias,
             self.patch_mask,
-            sides=self._sides(),
+            sides=self._basis_sides(),
             scale=self._kronecker_scale,
         )
