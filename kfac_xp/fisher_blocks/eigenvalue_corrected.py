@@ -113,15 +113,16 @@ class EigenvalueCorrectedFB(KroneckerProductFB):
         self._require_vector(vector)
         u_in, u_out = self.rotated_factor.basis
         s = self.rotated_factor.cov
-        xp, dtype = array_namespace(s), vector_dtype(vector)
-        mat = cast(layer_params_to_mat2d(vector), s.dtype)
+        xp, expanded = array_namespace(s), self._expanded(vector)
+        given = layer_params_to_mat2d(expanded)
+        mat = cast(given, s.dtype)
         with exact_products(s):
             if there:
                 mat = xp.matmul(xp.matmul(xp.matrix_transpose(u_in), mat), u_out)
             mat = (s + as_scalar_like(self.entries_damping, s)) ** exp * mat
             if back:
                 mat = xp.matmul(xp.matmul(u_in, mat), xp.matrix_transpose(u_out))
-        return mat2d_to_layer_params(vector, cast(mat, dtype))
+        return self._contracted(mat2d_to_layer_params(expanded, cast(mat, given.dtype)), vector)
 
     def _basis_sides(self) -> tuple[Side, Side]:
         """The two factors, with the dampings under which their eigenbases are kept."""
@@ -130,11 +131,6 @@ class EigenvalueCorrectedFB(KroneckerProductFB):
 
     def _kronecker_scale(self) -> float:
         return self.renorm_coeff
-
-
-def vector_dtype(vector: Params) -> Any:
-    """The dtype of a vector: that of its first array."""
-    return (vector[0] if isinstance(vector, (tuple, list)) else vector).dtype
 
 
 class FullyConnectedEKFACFB(EigenvalueCorrectedFB, FullyConnectedKFACBasicFB):
