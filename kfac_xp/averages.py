@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,15 @@ class MovingAverage:
     def add_to_average(self, new: Array, decay: Scalar = 1.0, weight: Scalar = 1.0) -> None:
         """As `update`, with the reference's name and defaults: the plain mean."""
         self.update(new, decay=decay, weight=weight)
+
+    def restart(self, value: Array, weight: Scalar, num_updates: int) -> None:
+        """Be what averages of `value` with this sum of weights would be."""
+        self.total = value * as_scalar_like(weight, value) if self.zero_debias else value
+        self.weight, self.num_updates, self._value = weight, num_updates, None
+
+    def transform(self, function: Callable[[Array], Array]) -> None:
+        """Apply a linear function to everything averaged so far; weights stay as they are."""
+        self.total, self._value = function(self.total), None
 
     def reset(self) -> None:
         """Forget every update; the total is zero, also if it started elsewhere."""

@@ -183,7 +183,11 @@ def _summed(x: Array, axes: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class FullyConnectedDiagonalMoment:
-    """E[(a ds^T) ** 2] over cases, elementwise: divided by N."""
+    """E[(a ds^T) ** 2] over cases, elementwise: divided by N.
+
+    With two matrices of orthonormal columns, of the second moment in the basis that they are:
+    ``E[(u_in^T a ds^T u_out) ** 2]``, the diagonal that EKFAC keeps.
+    """
 
     d_in: int
     d_out: int
@@ -194,9 +198,21 @@ class FullyConnectedDiagonalMoment:
         """``[d_in (+ 1), d_out]``."""
         return (self.d_in + self.has_bias, self.d_out)
 
-    def __call__(self, inputs: Array, outputs_grad: Array) -> Array:
-        """From inputs [N, d_in] and gradients of the preactivations [N, d_out]."""
+    def __call__(
+        self,
+        inputs: Array,
+        outputs_grad: Array,
+        u_in: Array | None = None,
+        u_out: Array | None = None,
+    ) -> Array:
+        """From inputs [N, d_in] and gradients of the preactivations [N, d_out].
+
+        The basis is [d_in (+ 1), d_in (+ 1)] and [d_out, d_out]; both, or none.
+        """
         rows = append_homog(inputs) if self.has_bias else inputs
+        if u_in is not None and u_out is not None:
+            xp = array_namespace(rows, u_in, u_out)
+            rows, outputs_grad = xp.matmul(rows, u_in), xp.matmul(outputs_grad, u_out)
         return squared_outer(rows, outputs_grad) / inputs.shape[0]
 
 
@@ -277,7 +293,10 @@ class ConvOutputMoment:
 
 @dataclass(frozen=True)
 class ConvDiagonalMoment:
-    """E[(sum over locations of a ds^T) ** 2] over cases, elementwise: divided by N, not by T."""
+    """E[(sum over locations of a ds^T) ** 2] over cases, elementwise: divided by N, not by T.
+
+    With two matrices of orthonormal columns, in the basis that they are.
+    """
 
     geometry: ConvGeometry
     in_channels: int
@@ -292,9 +311,17 @@ class ConvDiagonalMoment:
         return (rows, self.out_channels)
 
     def __call__(
-        self, inputs: Array, outputs_grad: Array, patch_mask: Array | None = None
+        self,
+        inputs: Array,
+        outputs_grad: Array,
+        patch_mask: Array | None = None,
+        u_in: Array | None = None,
+        u_out: Array | None = None,
     ) -> Array:
-        """From inputs [N, *space, C_in] and gradients of the preactivations [N, *out, C_out]."""
+        """From inputs [N, *space, C_in] and gradients of the preactivations [N, *out, C_out].
+
+        The basis is [D, D] and [C_out, C_out]; both, or none.
+        """
         total = conv_squared_outer(
             inputs,
             outputs_grad,
@@ -302,5 +329,6 @@ class ConvDiagonalMoment:
             has_bias=self.has_bias,
             patch_mask=patch_mask,
             groups=self.groups,
+            rotations=None if u_in is None or u_out is None else (u_in, u_out),
         )
         return total / inputs.shape[0]

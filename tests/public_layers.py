@@ -167,6 +167,9 @@ BLOCKS = {
     "ConvKFACReduceFB": block(
         lambda p: kfac_xp.ConvKFACReduceFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
+    "ConvEKFACFB": block(
+        lambda p: kfac_xp.ConvEKFACFB(None, FILTER(p), "SAME"), convolved(), FILTER
+    ),
     "ConvKFCBasicFB": block(
         lambda p: kfac_xp.ConvKFCBasicFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
@@ -175,6 +178,7 @@ BLOCKS = {
         lambda p: (p.normal(2, 4, 4, 4, 2), p.normal(2, 4, 4, 4, 3)),
         FILTER,
     ),
+    "ConvTNTFB": block(lambda p: kfac_xp.ConvTNTFB(None, FILTER(p), "SAME"), convolved(), FILTER),
     "DepthwiseConvDiagonalFB": block(
         lambda p: kfac_xp.DepthwiseConvDiagonalFB(None, DEPTHWISE(p), (1, 1), "SAME"),
         convolved(4),
@@ -187,6 +191,9 @@ BLOCKS = {
     ),
     "FullyConnectedDiagonalFB": block(
         lambda p: kfac_xp.FullyConnectedDiagonalFB(None, True), dense, kernel_and_bias
+    ),
+    "FullyConnectedEKFACFB": block(
+        lambda p: kfac_xp.FullyConnectedEKFACFB(None, True), dense, kernel_and_bias
     ),
     "FullyConnectedKFACBasicFB": block(
         lambda p: kfac_xp.FullyConnectedKFACBasicFB(None, True), dense, kernel_and_bias
@@ -212,6 +219,9 @@ BLOCKS = {
         )(p)
         for option in (1, 2)
     ],
+    "FullyConnectedTNTFB": block(
+        lambda p: kfac_xp.FullyConnectedTNTFB(None, True), dense, kernel_and_bias
+    ),
     "NaiveDiagonalFB": block(
         lambda p: kfac_xp.NaiveDiagonalFB(None, p.normal(3, 2)), None, kernel(3, 2)
     ),

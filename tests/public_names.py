@@ -38,6 +38,7 @@ ABSTRACT = {
     "DiagonalFB",
     "DiagonalFactor",
     "DistributionNegativeLogProbLoss",
+    "EigenvalueCorrectedFB",
     "FisherBlock",
     "FisherFactor",
     "FullFB",
@@ -50,6 +51,7 @@ ABSTRACT = {
     "NaturalParamsNegativeLogProbLoss",
     "NegativeLogProbLoss",
     "ScaleAndShiftFactor",
+    "TensorNormalFB",
 }
 """Their subclasses are called."""
 

@@ -1,7 +1,10 @@
 """The benchmark runner stays alive; nothing here depends on how long anything takes."""
 
+import argparse
+import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -439,3 +442,20 @@ def test_the_modules_have_the_layers_that_are_registered():
     shapes = [(m.in_features, m.out_features) for m in linear]
     assert shapes == [(layer.d_in, layer.d_out) for layer in transformer.layers()]
     assert transformer.module()(torch.zeros(2, 3, 8)).shape == (2, 3, 8)
+
+
+def test_warm_starts_in_training():
+    """One epoch of one pair: the two runs start alike, and every fall-back is counted."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    warm_starts = importlib.import_module("benchmarks.warm_starts")
+    args = argparse.Namespace(epochs=1, seed=0, invert_every=1, decay=0.95)
+    lines = list(warm_starts.compare("EKFAC", warm_starts.Digits.load(np), args))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1] for row in rows] == ["eigh", "orthogonal_iteration"]
+    assert all(len(row) == len(warm_starts.HEAD) for row in rows)
+    cold, warm = rows
+    assert cold[3] == "1.00"
+    assert float(cold[4]) < 1e-4 < float(warm[4]) <= 1e-2
+    assert re.fullmatch(r"\d+ of 16", warm[6])  # 8 factors, 3 updates, the first one cold
+    assert 0.5 < float(cold[7]) / float(warm[7]) < 2

@@ -155,7 +155,9 @@ def test_what_is_not_finite_is_named_at_the_next_inverse_update(far):
     optimizer.step(params, net, targets)
     before = {f.name: f.cov for f in optimizer.factors}
     broken = type(net)(params, net.x * float("nan"), net.strides)
-    with pytest.raises(FloatingPointError, match=r"conv\.input.*dense\.diagonal were not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"conv\.input.*dense\.diagonal \(layer .dense.\) were not finite"
+    ):
         optimizer.step(params, broken, targets)
     assert optimizer.counter == 1
     assert len(watch.reads) == 2

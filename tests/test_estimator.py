@@ -605,7 +605,7 @@ class TestBadInput:
     def test_not_finite(self, setting):
         estimator, _, x, _ = setting
         bad = np.full((6, 3), np.nan)
-        with pytest.raises(FloatingPointError, match=r"two\.output are not finite"):
+        with pytest.raises(FloatingPointError, match=r"two\.output \(layer .two.\) are not finite"):
             estimator.update_cov({"one": (x, np.ones((6, 4))), "two": (np.ones((6, 4)), bad)})
 
     def test_targets_out_of_range(self, setting):

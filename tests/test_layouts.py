@@ -9,7 +9,8 @@ from tests.test_fisher_blocks import draw
 
 
 @pytest.mark.more
-def test_another_layout_gives_the_same_numbers(xp, rng, tmp_path):
+@pytest.mark.parametrize("approx", ["kron", "ekfac", "tnt"])
+def test_another_layout_gives_the_same_numbers(xp, rng, tmp_path, approx):
     """Two steps and a reload in each layout: the very same numbers, permuted."""
 
     def there(a):
@@ -42,9 +43,9 @@ def test_another_layout_gives_the_same_numbers(xp, rng, tmp_path):
         layers = kfac_xp.LayerCollection()
         more = {} if own else {"data_format": "NCHW", "kernel_layout": "OIHW"}
         dense = {} if own else {"kernel_layout": "OI"}
-        layers.register_conv2d("conv", params["conv"], **more)
+        layers.register_conv2d("conv", params["conv"], approx=approx, **more)
         layers.register_conv_transpose("up", params["up"], (2, 2), **more)
-        layers.register_fully_connected("fc", params["fc"], **dense)
+        layers.register_fully_connected("fc", params["fc"], approx, **dense)
         layers.check_registration(params)
         return kfac_xp.KfacOptimizer(layers, 0.1, 0.1, invert_every=1)
 

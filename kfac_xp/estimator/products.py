@@ -31,6 +31,15 @@ class BlockwiseProducts:
         """Every factor once."""
         return self.layers.get_factors()
 
+    @property
+    def info(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """How every stored power was computed: ``{layer: {role of the factor: its info}}``.
+
+        Of each dense factor its rung, jitter, residual, an estimate of the condition number, and
+        how many covariance updates there were since. Reads nothing on a device.
+        """
+        return {name: block.info for name, block in self._blocks.items()}
+
     # ------------------------------------------------------------------ products
 
     def multiply(self, vectors: Vectors) -> dict[str, Params]:

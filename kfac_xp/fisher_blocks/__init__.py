@@ -14,6 +14,11 @@ from kfac_xp.fisher_blocks.depthwise import (
     depthwise_conv2d_filter_to_conv2d_filter,
 )
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.eigenvalue_corrected import (
+    ConvEKFACFB,
+    EigenvalueCorrectedFB,
+    FullyConnectedEKFACFB,
+)
 from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_blocks.fully_connected import (
     FullyConnectedDiagonalFB,
@@ -29,6 +34,7 @@ from kfac_xp.fisher_blocks.multi_use import (
     SeriesFBApproximation,
 )
 from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
+from kfac_xp.fisher_blocks.tensor_normal import ConvTNTFB, FullyConnectedTNTFB, TensorNormalFB
 from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMultiTowerMultiUse
 from kfac_xp.fisher_blocks.weight_sharing import (
     ConvKFACReduceFB,
@@ -40,19 +46,24 @@ __all__ = [
     "ConvDiagonalFB",
     "ConvGroupedKFCFB",
     "ConvKFACReduceFB",
+    "ConvEKFACFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
+    "ConvTNTFB",
     "DepthwiseConvDiagonalFB",
     "DepthwiseConvKFCBasicFB",
     "DiagonalFB",
+    "EigenvalueCorrectedFB",
     "FisherBlock",
     "FullFB",
     "FullyConnectedDiagonalFB",
+    "FullyConnectedEKFACFB",
     "FullyConnectedKFACBasicFB",
     "FullyConnectedKFACExpandFB",
     "FullyConnectedKFACReduceFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedSeriesFB",
+    "FullyConnectedTNTFB",
     "InputOutputMultiTower",
     "InputOutputMultiTowerMultiUse",
     "KroneckerProductFB",
@@ -61,6 +72,7 @@ __all__ = [
     "ScaleAndShiftDiagonalFB",
     "ScaleAndShiftFullFB",
     "SeriesFBApproximation",
+    "TensorNormalFB",
     "add_moments",
     "average_in",
     "blocks_factors",

@@ -103,7 +103,8 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
 
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
-        d_in, d_out = (side_of(f).dimension for f in self._require_factors().values())
+        self._require_factors()
+        d_in, d_out = (side_of(f).dimension for f in (self.input_factor, self.output_factor))
         return self.spec.shapes(d_in, d_out, self.has_bias)
 
     def _hint(self, array: Array) -> str:

@@ -24,12 +24,22 @@ from kfac_xp.fisher_factors.multi_use import (
     DiagonalMultiKF,
     FullyConnectedMultiKF,
 )
+from kfac_xp.fisher_factors.rotated import (
+    ConvRotatedFactor,
+    FullyConnectedRotatedFactor,
+    RotatedDiagonalFactor,
+    Side,
+)
 from kfac_xp.fisher_factors.scale_and_shift import (
     ScaleAndShiftDiagonalFactor,
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
 )
 from kfac_xp.fisher_factors.spatially_uncorrelated import ConvInputSUAKroneckerFactor
+from kfac_xp.fisher_factors.tensor_normal import (
+    ConvTensorNormalFactor,
+    FullyConnectedTensorNormalFactor,
+)
 
 __all__ = [
     "ConvDiagonalFactor",
@@ -38,6 +48,8 @@ __all__ = [
     "ConvInputSUAKroneckerFactor",
     "ConvOutputKroneckerFactor",
     "ConvOutputMultiKF",
+    "ConvRotatedFactor",
+    "ConvTensorNormalFactor",
     "DenseSquareMatrixFactor",
     "DiagonalFactor",
     "DiagonalKroneckerFactor",
@@ -46,13 +58,17 @@ __all__ = [
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
     "FullyConnectedMultiKF",
+    "FullyConnectedRotatedFactor",
+    "FullyConnectedTensorNormalFactor",
     "InverseProvidingFactor",
     "NaiveDiagonalFactor",
     "NaiveFullFactor",
+    "RotatedDiagonalFactor",
     "ScaleAndShiftDiagonalFactor",
     "ScaleAndShiftFactor",
     "ScaleAndShiftFullFactor",
     "moments_of_groups",
+    "Side",
     "params_sources",
     "refresh_factors",
 ]

@@ -71,6 +71,15 @@ class FisherFactor(abc.ABC):
         self.users: list[str] = []
         """Names of the blocks that use the factor: several if it is shared."""
 
+    @property
+    def label(self) -> str:
+        """The name and, if blocks use the factor, the layers: for messages."""
+        layers = dict.fromkeys(user.rpartition(".")[0] for user in self.users)
+        if not layers:
+            return self.name
+        plural = "s" * (len(layers) > 1)
+        return f"{self.name} (layer{plural} {', '.join(map(repr, layers))})"
+
     # ------------------------------------------------------------------ statistics
 
     def update_cov(
@@ -136,7 +145,7 @@ class FisherFactor(abc.ABC):
         step = average.step(new_cov, decay=ema_decay, weight=ema_weight)
         if not step.is_finite:
             raise FloatingPointError(
-                f"the statistics of {self.name} are not finite: its data "
+                f"the statistics of {self.label} are not finite: its data "
                 f"({', '.join(f'`{n}`' for n in self.data_names)}) hold a NaN or an infinity, or "
                 "overflow when squared. The average is unchanged."
             )
@@ -375,6 +384,9 @@ class FisherFactor(abc.ABC):
     def _sources(self, *args: Any, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
         """For each source, the moment's arguments of each tower, checked."""
 
+    def _follow(self) -> None:
+        """After a refresh: take over what was computed for the factors that this one goes by."""
+
     def _make_powers(self, options: FactorOptions) -> Representation:
         return self.representation(options)
 
@@ -452,10 +464,12 @@ def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:
     """`update_inverses` of all factors, with one look at the device for all of them."""
-    items = []
+    items, factors = [], list(factors)
     for factor in factors:
         if factor._powers.needs_refresh:
             factor._value()  # says so if there is none yet
         if factor._average is not None:
-            items.append((factor.name, factor._powers, factor._average))
+            items.append((factor.label, factor._powers, factor._average))
     refresh(items)
+    for factor in factors:
+        factor._follow()

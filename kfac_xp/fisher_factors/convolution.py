@@ -114,7 +114,7 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
                 "`generator` must be given to subsample: a seed, or a numpy.random.Generator."
             )
         super().__init__(moment, data, all_options, name)
-        self.patch_mask = _checked_mask(patch_mask, (*kernel, c_in), self._like)
+        self.patch_mask = checked_mask(patch_mask, (*kernel, c_in), self._like)
         self.generator = generator
 
     def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Any, ...]]]:
@@ -298,7 +298,7 @@ class ConvDiagonalFactor(DiagonalFactor):
         )
         moment = ConvDiagonalMoment(geometry, channels, c_out, bool(has_bias), groups)
         super().__init__(moment, data, FactorOptions().changed(**options), name)
-        self.patch_mask = _checked_mask(patch_mask, (*kernel, c_in), self._like)
+        self.patch_mask = checked_mask(patch_mask, (*kernel, c_in), self._like)
 
     def _sources(
         self, *, inputs: Towers, outputs_grads: Sources
@@ -385,7 +385,8 @@ def require_images_of(
         )
 
 
-def _checked_mask(mask: Array | None, shape: tuple[int, ...], like: Array) -> Array | None:
+def checked_mask(mask: Array | None, shape: tuple[int, ...], like: Array) -> Array | None:
+    """The mask, after refusing one of another library or shape."""
     if mask is None:
         return None
     require_same_place("patch_mask", mask, like, "the factor")

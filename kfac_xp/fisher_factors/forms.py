@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.fisher_factors.base import FisherFactor
-from kfac_xp.representations import Decomposition, Dense, Diagonal, Representation
+from kfac_xp.representations import (
+    DampingKey,
+    Decomposition,
+    Dense,
+    Diagonal,
+    Representation,
+    Request,
+)
 from kfac_xp.typing import Array, Damping
 
 
@@ -34,6 +41,27 @@ class InverseProvidingFactor(FisherFactor):
     def reset_eigendecomp(self) -> None:
         """Forget the kept eigendecomposition."""
         self._powers.reset_eigendecomp()
+
+    def register_eigenbasis(self, damping_func: Damping) -> None:
+        """Ask for the eigenvectors of the covariance to be computed by every `update_inverses`.
+
+        The damping changes no number: it is the scale to which eigenvectors that start from the
+        last ones (``eigh_method="orthogonal_iteration"``) have to be right.
+        """
+        self._powers.register(Request("eigenbasis", 0.0, DampingKey(damping_func)))
+
+    def get_eigenbasis(self, damping_func: Damping) -> tuple[Array, Array]:
+        """Eigenvalues [n] and orthonormal eigenvectors [n, n] in columns, as last computed.
+
+        In no order that is promised. The eigenvalues are those of the covariance without damping.
+
+        Raises
+        ------
+        RuntimeError
+            If they are not registered, or not computed yet.
+        """
+        request = Request("eigenbasis", 0.0, DampingKey(damping_func))
+        return self._powers.eigenbasis(request, self.name)
 
     @property
     def info(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class FullyConnectedKroneckerFactor(InverseProvidingFactor):
         self, tensors: Sources, has_bias: bool = False, *, name: str | None = None, **options: Any
     ) -> None:
         bound = bind("tensors", tensors)
-        d = _columns("tensors[0][0]", example_of(bound))
+        d = columns_of("tensors[0][0]", example_of(bound))
         moment = FullyConnectedKroneckerMoment(d, bool(has_bias))
         super().__init__(moment, {"tensors": bound}, FactorOptions().changed(**options), name)
 
@@ -173,8 +173,8 @@ class FullyConnectedDiagonalFactor(DiagonalFactor):
             "inputs": [as_towers("inputs", inputs)],
             "outputs_grads": bind("outputs_grads", outputs_grads),
         }
-        d_in = _columns("inputs[0]", example_of(data["inputs"]))
-        d_out = _columns("outputs_grads[0][0]", example_of(data["outputs_grads"]))
+        d_in = columns_of("inputs[0]", example_of(data["inputs"]))
+        d_out = columns_of("outputs_grads[0][0]", example_of(data["outputs_grads"]))
         moment = FullyConnectedDiagonalMoment(d_in, d_out, bool(has_bias))
         super().__init__(moment, data, FactorOptions().changed(**options), name)
 
@@ -257,7 +257,8 @@ def require_class_ids(name: str, ids: Array, depth: int) -> None:
         )
 
 
-def _columns(name: str, example: Any) -> int:
+def columns_of(name: str, example: Any) -> int:
+    """Number of columns of one side of a dense layer, [N, d]."""
     if example.ndim != 2:
         raise ValueError(f"`{name}` must have shape [N, d]; got shape {tuple(example.shape)}.")
     return int(example.shape[-1])

@@ -65,14 +65,14 @@ class ConvolutionRegistry(LayerEntries):
             over three.)
         approx
             ``"kron"`` (the default; ``"kron_expand"`` is the same), ``"kron_reduce"``,
-            ``"diagonal"`` or ``"kron_sua"``; with groups ``"kron"``, ``"kron_expand"`` or
-            ``"diagonal"``.
+            ``"diagonal"``, ``"kron_sua"``, ``"ekfac"`` or ``"tnt"``; with groups ``"kron"``,
+            ``"kron_expand"`` or ``"diagonal"``.
         **keywords
             ``groups``: how many parts of the channels have nothing to do with each other.
             ``kernel_layout``: order of the kernel's axes in parameters, gradients and results,
             ``"HWIO"`` or the same letters in another order, such as ``"OIHW"``. ``inputs_of`` and
             ``reuse`` as for `register_fully_connected`; ``patch_mask``, and for ``"kron"``
-            ``sub_sample_inputs``, ``sub_sample_patches`` and ``generator``, as for
+            and ``"ekfac"`` ``sub_sample_inputs``, ``sub_sample_patches`` and ``generator``, as for
             `ConvKFCBasicFB`, the mask in the library's order.
 
         Raises

@@ -40,8 +40,8 @@ class LayerRegistry(ConvolutionRegistry):
             device are read, values are not.
         approx
             ``"kron"`` (the default), ``"kron_in_diag"``, ``"kron_out_diag"``,
-            ``"kron_both_diag"`` or ``"diagonal"``; over sequences, inputs [N, T, d_in] and
-            gradients [N, T, d_out], ``"kron_expand"`` or ``"kron_reduce"``.
+            ``"kron_both_diag"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``; over sequences, inputs
+            [N, T, d_in] and gradients [N, T, d_out], ``"kron_expand"`` or ``"kron_reduce"``.
         dense_inputs
             False for an embedding: its inputs are class ids [N], integers below d_in. It has no
             bias, and needs an approximation with a diagonal input factor, which is exact for it.

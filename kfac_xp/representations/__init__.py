@@ -20,6 +20,7 @@ from kfac_xp.representations.requests import (
     require_damping,
 )
 from kfac_xp.representations.spatially_uncorrelated import SpatiallyUncorrelated
+from kfac_xp.representations.trace_normalized import TraceNormalized
 
 __all__ = [
     "RUNGS",
@@ -34,6 +35,7 @@ __all__ = [
     "Representation",
     "Request",
     "SpatiallyUncorrelated",
+    "TraceNormalized",
     "read_damping",
     "refresh",
     "require_damping",

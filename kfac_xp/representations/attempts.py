@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,10 +104,31 @@ class Eigen:
     vectors: Array
     rest: Array | None = None
 
+    @functools.cached_property
+    def packed(self) -> Array:
+        """Eigenvectors [n, n] and below them the row of eigenvalues: [n + 1, n]."""
+        return array_namespace(self.values).concat([self.vectors, self.values[None, :]])
+
+    def basis_checks(self, damping: Scalar) -> Array:
+        """Residual and condition, shape [2], of the vectors as an orthonormal basis.
+
+        The residual is what ``V V^T p - p`` leaves of a probe p of size 1, and that of `checks`.
+        """
+        xp, v = array_namespace(self.vectors), self.vectors
+        index = xp.arange(v.shape[-1], dtype=v.dtype, device=device_of(v))
+        probe = xp.cos(index * index)[:, None]
+        image = xp.matmul(v, xp.matmul(xp.matrix_transpose(v), probe))
+        lost = xp.max(xp.abs(image - probe))
+        return self.checks(self.packed, damping) + xp.stack([lost, xp.zeros_like(lost)])
+
     def checks(self, array: Array, damping: Scalar) -> Array:
         """Residual and condition, shape [2], of a function of the damped covariance."""
         xp, damped = array_namespace(array), self.values + damping
-        checks = without_residual(array, xp.max(damped) / xp.min(damped))
+        least = xp.min(damped)
+        some = xp.where(least > 0, least, xp.ones_like(least))
+        # Of a matrix that is zero, too: infinite, and not NaN, which stands for a failure.
+        condition = xp.where(least > 0, xp.max(damped) / some, xp.full_like(least, float("inf")))
+        checks = without_residual(array, condition)
         if self.rest is None:
             return checks
         # With D the damped eigenvalues, D^-1/2 rest D^-1/2 is the relative error of the matrix.
@@ -154,10 +176,14 @@ class Health:
         return self.residual <= MAX_RESIDUAL and self.condition == self.condition
 
 
-def relative_jitter(cov: Array) -> Array:
-    """A relative nudge of the diagonal: n machine epsilons of its largest entry."""
+def relative_jitter(cov: Array, dtype: Any = None) -> Array:
+    """A relative nudge of the diagonal: n machine epsilons of its largest entry.
+
+    The epsilon is that of `dtype`, of the matrix if None.
+    """
     xp = array_namespace(cov)
-    return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * float(xp.finfo(cov.dtype).eps))
+    eps = float(xp.finfo(cov.dtype if dtype is None else dtype).eps)
+    return xp.max(xp.linalg.diagonal(cov)) * (cov.shape[0] * eps)
 
 
 def without_residual(array: Array, condition: Scalar = 1.0) -> Array:

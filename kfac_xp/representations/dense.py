@@ -25,7 +25,7 @@ from kfac_xp.representations.requests import DampingKey, PowerCache, Request
 from kfac_xp.representations.solvers import Task
 from kfac_xp.typing import Array
 
-FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse")
+FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse", "eigenbasis")
 """Kinds of requests that need the covariance alone."""
 
 _DIRECT = RUNGS.index("direct")  # saved states number the rungs from here
@@ -66,7 +66,14 @@ class Dense(Representation):
 
     def _stored_identity(self, request: Request, identity: Array) -> Array:
         """What is stored for a function of the covariance that is the identity."""
-        return identity
+        if request.kind != "eigenbasis":
+            return identity
+        return array_namespace(identity).concat([identity, identity[:1, :] * 0 + 1])
+
+    def eigenbasis(self, request: Request, owner: str) -> tuple[Array, Array]:
+        """Eigenvalues [n] and orthonormal eigenvectors [n, n], as last computed."""
+        stored = self.cache.fetch(request, owner)
+        return stored[-1, :], stored[:-1, :]
 
     def serve(
         self, request: Request, read_value: Callable[[], Array], owner: str
@@ -177,6 +184,9 @@ class Dense(Representation):
         eigen = None if len(solved) == count else self._eigen_of(prepared, *solved[count])
         arrays, checks = self._compute(prepared, cast(value, prepared.dtype), inverses, eigen)
         arrays = {request: cast(a, value.dtype) for request, a in arrays.items()}
+        if prepared.dtype != value.dtype:
+            # What is finite in float64 may be too large for the statistics' dtype.
+            checks = checks + [without_residual(a) for a in arrays.values()]
         basis = None
         if eigen is not None and self.options.eigh_method == "orthogonal_iteration":
             basis = cast(eigen.vectors, value.dtype)
@@ -206,13 +216,19 @@ class Dense(Representation):
         powers = self._powers
         return (
             self._eigen_wanted
+            or self._keeps_eigenbasis
             or any(r.exp != -1.0 for r in powers)
             or len(powers) >= self.options.eigenvalue_decomposition_threshold
         )
 
     def _needs_eigen(self, by_eigh: bool, rung: str) -> bool:
         """Whether anything is made of eigenvectors on this rung."""
-        return rung == "clipped eigenvalues" or (by_eigh and bool(self._powers))
+        wanted = by_eigh and bool(self._powers)
+        return rung == "clipped eigenvalues" or wanted or self._keeps_eigenbasis
+
+    @property
+    def _keeps_eigenbasis(self) -> bool:
+        return any(r.kind == "eigenbasis" for r in self.cache.requests)
 
     def _last_inverse(self, request: Request) -> Array | None:
         """The inverse itself within what is stored for it; None before there is one."""
@@ -221,8 +237,9 @@ class Dense(Representation):
     def _eigen_of(self, prepared: Prepared, w: Array, v: Array, rest: Array | None = None) -> Eigen:
         w = linalg.clipped_below(w, self.options.eigenvalue_clipping_threshold)
         if prepared.is_clipped:
+            # Below lies the rounding of the statistics, in their own dtype.
             cov = cast(self.cov_of(prepared.value), prepared.dtype)
-            w = linalg.clipped_below(w, relative_jitter(cov))
+            w = linalg.clipped_below(w, relative_jitter(cov, prepared.value.dtype))
         return Eigen(w, v, rest)
 
     def _compute(
@@ -240,6 +257,11 @@ class Dense(Representation):
         for request, (inverse, check) in inverses.items():
             arrays[request] = inverse
             checks.append(check)
+        for request in requests:
+            if request.kind == "eigenbasis":
+                assert eigen is not None
+                arrays[request] = eigen.packed
+                checks.append(eigen.basis_checks(dampings[request]))
         if not inverses:
             for request in self._powers:
                 assert eigen is not None
@@ -252,7 +274,7 @@ class Dense(Representation):
             cov = linalg.eigen_power(eigen.values, eigen.vectors, 1.0, 0.0)
         factors: dict[DampingKey, Array] = {}
         for request in requests:
-            if request.kind == "matpower":
+            if request.kind in ("matpower", "eigenbasis"):
                 continue
             if request.damping not in factors:
                 factors[request.damping] = linalg.cholesky(cov, dampings[request])

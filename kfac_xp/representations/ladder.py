@@ -112,8 +112,10 @@ def _read_together(
     if not checks and not flags:
         return [], []
     xp = array_namespace(*checks, *flags)
-    rest = [xp.reshape(cast(x, xp.float32), (1,)) for x in (*scalars, *flags)]
-    values = to_numpy(xp.concat([*(cast(check, xp.float32) for check in checks), *rest]))
+    # What is tiny or huge in float64 is 0 or infinite in float32.
+    dtype = xp.float64 if any(x.dtype == xp.float64 for x in (*checks, *scalars)) else xp.float32
+    rest = [xp.reshape(cast(x, dtype), (1,)) for x in (*scalars, *flags)]
+    values = to_numpy(xp.concat([*(cast(check, dtype) for check in checks), *rest]))
     rows = values[: 2 * len(checks)].reshape((-1, 2))
     jitters = iter(values[2 * len(checks) :].tolist())
     healths, start = [], 0

@@ -11,7 +11,9 @@ import numpy as np
 from kfac_xp.backend import array_namespace, as_number, device_of, is_readable
 from kfac_xp.typing import Array, Damping, Scalar
 
-Kind = Literal["matpower", "cholesky", "cholesky_inverse", "option1quants", "option2quants"]
+Kind = Literal[
+    "matpower", "cholesky", "cholesky_inverse", "eigenbasis", "option1quants", "option2quants"
+]
 
 
 def read_damping(damping: Damping) -> Scalar:
@@ -141,6 +143,7 @@ class PowerCache:
             "matpower": f"register_matpower({request.exp:g}, damping)",
             "cholesky": "register_cholesky(damping)",
             "cholesky_inverse": "register_cholesky_inverse(damping)",
+            "eigenbasis": "register_eigenbasis(damping)",
             "option1quants": "register_option1quants(damping)",
             "option2quants": "register_option2quants(damping)",
         }[request.kind]

@@ -1,0 +1,211 @@
+"""Diagonals in the eigenbasis of two Kronecker factors: the corrected eigenvalues of EKFAC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from kfac_xp.averages import is_finite
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of
+from kfac_xp.fisher_factors.convolution import ConvDiagonalFactor
+from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
+from kfac_xp.fisher_factors.fully_connected import FullyConnectedDiagonalFactor
+from kfac_xp.precision import exact_products
+from kfac_xp.typing import Array, Damping
+
+
+class Side(NamedTuple):
+    """One Kronecker factor whose eigenbasis is used, and the damping it is registered with."""
+
+    factor: InverseProvidingFactor
+    damping: Damping
+
+    def register(self) -> None:
+        """Ask for the eigenbasis."""
+        self.factor.register_eigenbasis(self.damping)
+
+    def eigenbasis(self) -> tuple[Array, Array]:
+        """Eigenvalues and eigenvectors, as last computed."""
+        return self.factor.get_eigenbasis(self.damping)
+
+
+class RotatedDiagonalFactor(DiagonalFactor):
+    """Second moments of each case's gradient in the eigenbasis of an input and an output factor.
+
+    Estimates ``S = E[(U_A^T (sum_t a_t ds_t^T) U_G) ** 2]``, elementwise, over cases: the diagonal
+    that is nearest to the Fisher in that basis. Divided by the number of cases, not by that of
+    locations; summed over sources, averaged over towers.
+
+    The basis is taken over from the two factors by `update_inverses`, after theirs. Batches are
+    averaged in the basis of the time. A new basis finds S changed to
+
+        S'[i, j] = sum_{k,l} R_A[k, i]**2 * S[k, l] * R_G[l, j]**2,    R = U_old^T U_new,
+
+    the diagonal of ``U_new^T (U_old diag(S) U_old^T) U_new``: of all diagonals in the new basis the
+    nearest to the matrix that S stood for until now. Its trace stays the same, as do the weights of
+    the average. The first basis has none before it: S starts as the eigenvalues of the Kronecker
+    product, ``scale * outer(w_A, w_G)``, with the weights of the input factor's average; the block
+    is then that of K-FAC. Until then batches are not averaged in.
+
+    The authors' program starts S anew from the Kronecker eigenvalues with every new basis, which
+    forgets what S had learned of how the two differ; here that happens once.
+
+    References
+    ----------
+    George, Laurent, Bouthillier, Ballas and Vincent (2018), arXiv:1806.03884, section 3 and
+    algorithm 1.
+    """
+
+    def _set_sides(self, sides: tuple[Side, Side], scale: Callable[[], float]) -> None:
+        self._sides, self._scale = sides, scale
+        self._basis: tuple[Array, Array] | None = None
+        self._basis_updates = 0
+        for side in sides:
+            side.register()
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether there is a basis to average in: not before the first inverse update."""
+        return self._basis is not None
+
+    @property
+    def basis(self) -> tuple[Array, Array]:
+        """``(U_A, U_G)``: orthonormal eigenvectors in columns.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first inverse update.
+        """
+        if self._basis is None:
+            raise RuntimeError(
+                f"{self.name} has no eigenbasis yet. Update the covariances and then call "
+                "`update_inverses()` of the block or estimator first."
+            )
+        return self._basis
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """How old the basis is: ``"staleness"`` counts covariance updates since."""
+        if self._basis is None:
+            return {}
+        return {"staleness": self._require_average().num_updates - self._basis_updates}
+
+    def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
+        """The average, and the basis that it is in, which belongs to it with or without powers."""
+        state = super().state_dict(powers=powers)
+        if self._basis is not None:
+            u_in, u_out = self._basis
+            state["basis"] = {"input": u_in, "output": u_out, "updates": self._basis_updates}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        super().load_state_dict(state)
+        if "basis" not in state:
+            self._basis = None
+            return
+        xp, saved = array_namespace(self._like), state["basis"]
+        place = {"dtype": self._like.dtype, "device": device_of(self._like)}
+        u_in, u_out = (xp.asarray(saved[side], **place) for side in ("input", "output"))
+        self._basis, self._basis_updates = (u_in, u_out), int(saved["updates"])
+
+    def _sources(self, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
+        basis = self.basis
+        for towers in super()._sources(**data):  # type: ignore[safe-super]
+            yield [(*self._padded(arguments), *basis) for arguments in towers]
+
+    def _padded(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The moment's arguments before the basis, with those that were left out."""
+        return arguments
+
+    def _follow(self) -> None:
+        """Take over the eigenbasis that was computed last, and bring S into it."""
+        (w_in, u_in), (w_out, u_out) = (side.eigenbasis() for side in self._sides)
+        self.instantiate_cov_variables()
+        average = self._require_average()
+        if self._basis is None:
+            counted = self._sides[0].factor._require_average()
+            start = w_in[:, None] * w_out[None, :] * as_scalar_like(self._scale(), w_in)
+            if not is_finite(start):
+                raise FloatingPointError(
+                    f"the eigenvalues of {self.label} overflow: the product of those of its two "
+                    f"Kronecker factors is not finite in {start.dtype}. Scale the loss down, or "
+                    "pass a wider `dtype`."
+                )
+            average.restart(start, counted.weight, max(1, counted.num_updates))
+        else:
+            with exact_products(u_in):
+                turns = [_squared_turn(*u) for u in zip(self._basis, (u_in, u_out), strict=True)]
+                average.transform(lambda s: _turned(s, *turns))
+        self._basis, self._basis_updates = (u_in, u_out), average.num_updates
+
+
+def _squared_turn(old: Array, new: Array) -> Array:
+    """The squared entries of ``old^T new``: rows and columns add up to 1."""
+    xp = array_namespace(old, new)
+    turn = xp.matmul(xp.matrix_transpose(old), new)
+    return turn * turn
+
+
+def _turned(s: Array, by_in: Array, by_out: Array) -> Array:
+    xp = array_namespace(s)
+    return xp.matmul(xp.matmul(xp.matrix_transpose(by_in), s), by_out)
+
+
+class FullyConnectedRotatedFactor(RotatedDiagonalFactor, FullyConnectedDiagonalFactor):
+    """Corrected eigenvalues of a dense layer: see `RotatedDiagonalFactor`.
+
+    Parameters
+    ----------
+    inputs, outputs_grads, has_bias
+        As for `FullyConnectedDiagonalFactor`.
+    sides
+        The input and the output factor, with the dampings under which their eigenbases are kept.
+    scale
+        What the Kronecker product is multiplied by.
+    **options
+        Fields of `FactorOptions`, and ``name``.
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        outputs_grads: Any,
+        has_bias: bool = False,
+        *,
+        sides: tuple[Side, Side],
+        scale: Callable[[], float],
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(inputs, outputs_grads, has_bias, name=name, **options)
+        self._set_sides(sides, scale)
+
+
+class ConvRotatedFactor(RotatedDiagonalFactor, ConvDiagonalFactor):
+    """Corrected eigenvalues of a convolution: see `RotatedDiagonalFactor`.
+
+    Parameters
+    ----------
+    inputs, outputs_grads, ...
+        As for `ConvDiagonalFactor`, in its order.
+    sides, scale
+        As for `FullyConnectedRotatedFactor`.
+    **options
+        Fields of `FactorOptions`, and ``name``.
+    """
+
+    def __init__(
+        self,
+        *data_and_geometry: Any,
+        sides: tuple[Side, Side],
+        scale: Callable[[], float],
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*data_and_geometry, name=name, **options)
+        self._set_sides(sides, scale)
+
+    def _padded(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*arguments, None)[:3]
