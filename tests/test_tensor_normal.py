@@ -154,5 +154,5 @@ def test_training(rng):
 
 def test_no_subsampling():
     layers = kfac_xp.LayerCollection()
-    with pytest.raises(ValueError, match="approx='tnt' of layer 'c', .* takes no subsampling"):
+    with pytest.raises(ValueError, match=r"approx='tnt' of layer 'c', .* takes no subsampling"):
         layers.register_conv2d("c", np.zeros((2, 2, 1, 3)), approx="tnt", sub_sample_inputs=True)
