@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.operators import LinearOperator
@@ -38,6 +39,46 @@ def compute_pi_tracenorm(A: LinearOperator, G: LinearOperator) -> Array:
     return xp.sqrt(mean_a) / xp.sqrt(mean_g)
 
 
+def compute_pi(A: LinearOperator, G: LinearOperator, pi_type: PiType = "tracenorm") -> Array:
+    """How much larger A is than G, as the root of the quotient of a norm of each.
+
+    Martens and Grosse bound what the split leaves over by ``|kron(A, I)|`` and ``|kron(I, G)|``,
+    and pi makes the bound least: ``pi**2 = |kron(A, I)| / |kron(I, G)|``. In terms of the
+    eigenvalues of a factor that is, for
+
+    - ``"tracenorm"``: their mean, ``tr(A) / d_in``;
+    - ``"frobenius"``: their root mean square, ``|A|_F / sqrt(d_in)``;
+    - ``"largest_eigenvalue"``: the largest, which takes its computation;
+
+    and ``"off"`` is 1. Returns a 0-d array of the factors' dtype; 1 when either norm is zero.
+
+    Raises
+    ------
+    ValueError
+        If `pi_type` is none of these.
+
+    References
+    ----------
+    Martens and Grosse (2015), arXiv:1503.05671, section 6.3.
+    """
+    if pi_type == "tracenorm":
+        return compute_pi_tracenorm(A, G)
+    if pi_type == "frobenius":
+        sizes = [op.frobenius_norm() / op.domain_dimension**0.5 for op in (A, G)]
+    elif pi_type == "largest_eigenvalue":
+        sizes = [op.largest_eigenvalue() for op in (A, G)]
+    elif pi_type == "off":
+        trace = A.trace()
+        return array_namespace(trace).ones_like(trace)
+    else:
+        raise ValueError(f"`pi_type` must be one of {get_args(PiType)}; got {pi_type!r}.")
+    xp = array_namespace(*sizes)
+    # Rounding can make the largest eigenvalue of zeros negative.
+    zero = (sizes[0] <= 0) | (sizes[1] <= 0)
+    roots = [xp.sqrt(xp.where(zero, xp.ones_like(size), size)) for size in sizes]
+    return roots[0] / roots[1]
+
+
 def compute_pi_adjusted_damping(
     A: LinearOperator, G: LinearOperator, damping: Scalar, pi_type: PiType = "tracenorm"
 ) -> tuple[Scalar, Scalar]:
@@ -49,11 +90,12 @@ def compute_pi_adjusted_damping(
     Parameters
     ----------
     A, G : shape [d_in, d_in] and [d_out, d_out]
-        Positive semidefinite factors. Only their traces are read.
+        Positive semidefinite factors. Only their traces are read, or what `pi_type` says.
     damping
         Square root of the block's damping, already divided by the number of locations.
     pi_type
-        ``"tracenorm"`` as above, or ``"off"``: both factors get `damping`.
+        ``"tracenorm"`` as above; ``"frobenius"`` or ``"largest_eigenvalue"``: pi by another norm,
+        see `compute_pi`; ``"off"``: both factors get `damping`.
 
     Returns
     -------
@@ -62,7 +104,7 @@ def compute_pi_adjusted_damping(
     Raises
     ------
     ValueError
-        If `pi_type` is neither.
+        If `pi_type` is none of these.
 
     References
     ----------
@@ -70,9 +112,7 @@ def compute_pi_adjusted_damping(
     """
     if pi_type == "off":
         return damping, damping
-    if pi_type != "tracenorm":
-        raise ValueError(f"`pi_type` must be 'tracenorm' or 'off'; got {pi_type!r}.")
-    pi = compute_pi_tracenorm(A, G)
+    pi = compute_pi(A, G, pi_type)
     return damping * pi, damping / pi
 
 

@@ -12,6 +12,7 @@ from kfac_xp.typing import (
     InverseMethod,
     PiType,
     Precision,
+    Split,
     TowerStrategy,
 )
 
@@ -54,9 +55,17 @@ class FactorOptions:
         Dtype in which inverses and eigendecompositions are computed; that of the statistics if
         None. Results come back in the statistics' dtype.
     pi_type
-        ``"tracenorm"`` or ``"off"``: see `compute_pi_adjusted_damping`.
+        ``"tracenorm"``, ``"frobenius"``, ``"largest_eigenvalue"`` or ``"off"``: see
+        `compute_pi_adjusted_damping`.
     normalize_damping_power
         See `normalize_damping`.
+    damping_split
+        How Kronecker blocks are damped: ``"pi"`` by damping both factors, ``"exact"`` by adding
+        the damping to the block itself, in the eigenbasis of its factors. `pi_type` and
+        `normalize_damping_power` belong to the former.
+    relative_damping
+        Multiply every damping of a block by the mean eigenvalue of the undamped block, its trace
+        per parameter; by 1 where that is zero.
     tower_strategy
         ``"separate"`` averages the moments of the towers, ``"concat"`` joins the towers along the
         batch first. They differ only if towers differ in size.
@@ -82,6 +91,8 @@ class FactorOptions:
     decomposition_dtype: Any = None
     pi_type: PiType = "tracenorm"
     normalize_damping_power: float | None = 1.0
+    damping_split: Split = "pi"
+    relative_damping: bool = False
     tower_strategy: TowerStrategy = "separate"
     posdef_eig_method: EigMethod = "self_adjoint"
     eigh_method: EighMethod = "eigh"
@@ -101,6 +112,7 @@ class FactorOptions:
             "eigh_method": EighMethod,
             "precision": Precision,
             "pi_type": PiType,
+            "damping_split": Split,
             "tower_strategy": TowerStrategy,
         }
         for name, allowed in choices.items():

@@ -39,7 +39,8 @@ InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig", "newton_
 EigMethod: TypeAlias = Literal["self_adjoint", "svd"]
 EighMethod: TypeAlias = Literal["eigh", "orthogonal_iteration"]
 Precision: TypeAlias = Literal["highest", "high"]
-PiType: TypeAlias = Literal["tracenorm", "off"]
+PiType: TypeAlias = Literal["tracenorm", "frobenius", "largest_eigenvalue", "off"]
+Split: TypeAlias = Literal["pi", "exact"]
 Initial: TypeAlias = Literal["zeros", "identity"]
 TowerStrategy: TypeAlias = Literal["separate", "concat"]
 

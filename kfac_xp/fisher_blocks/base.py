@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, get_args
 
+from kfac_xp.backend import array_namespace, as_scalar_like
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.layer_specs import LayerSpec
+from kfac_xp.operators import CurvatureMatrix, LayerSpace, LinearOperator
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import IndexedSlices, require_like
-from kfac_xp.typing import Array, Damping, Params, Scalar
+from kfac_xp.representations import read_damping, require_damping
+from kfac_xp.typing import Array, Damping, Params, Scalar, Split
 
 
 class FactorMaker(Protocol):
@@ -181,6 +185,40 @@ class FisherBlock(abc.ABC):
     def full_fisher_block(self) -> Array:
         """The dense undamped block, in the basis of `layer_params_to_mat2d` raveled. Large."""
 
+    # ------------------------------------------------------------------ the matrix
+
+    def matrix(self, damping: Damping = 0.0, split: Split = "pi") -> CurvatureMatrix:
+        """The block of now as a matrix, damped if asked for.
+
+        Made of the covariances of now, whatever the last inverse update computed; later updates
+        do not change it. In the factors' `decomposition_dtype`, if one is given.
+
+        Parameters
+        ----------
+        damping
+            A number, a 0-d array or a function that returns one; the block's own does not enter.
+            With `relative_damping` it is relative, too.
+        split
+            ``"pi"``: damped as in `multiply` and `multiply_inverse`, which for a Kronecker
+            product is by damping its factors. ``"exact"``: the block plus damping times the
+            identity. They differ for Kronecker products alone (and for the diagonal of a
+            convolution, if `normalize_damping_power` is not 1).
+
+        Raises
+        ------
+        RuntimeError
+            Before `instantiate_factors` or the first covariance update.
+        ValueError
+            If `damping` is negative or `split` is neither.
+        NotImplementedError
+            If the block has no such sum in closed form.
+        """
+        self._require_factors()
+        if split not in get_args(Split):
+            raise ValueError(f"`split` must be one of {get_args(Split)}; got {split!r}.")
+        value = self._absolute(read_damping(require_damping("damping", damping)))
+        return CurvatureMatrix(self._operator(value, split), self._space())
+
     # ------------------------------------------------------------------ state
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
@@ -222,6 +260,31 @@ class FisherBlock(abc.ABC):
     @abc.abstractmethod
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the layer's parameters."""
+
+    @abc.abstractmethod
+    def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
+        """The matrix on flat vectors with a damping that is not relative."""
+
+    @abc.abstractmethod
+    def _mean_eigenvalue(self) -> Array:
+        """The trace of the undamped block per parameter, 0-d."""
+
+    def _space(self) -> LayerSpace:
+        """What vectors of the block look like."""
+        return LayerSpace(self._param_shapes)
+
+    def _absolute(self, damping: Scalar) -> Scalar:
+        """The damping in the units of the block: times its mean eigenvalue, if it is relative."""
+        if not self.options.relative_damping:
+            return damping
+        mean = self._mean_eigenvalue()
+        unit = array_namespace(mean).where(mean == 0, array_namespace(mean).ones_like(mean), mean)
+        return as_scalar_like(damping, mean) * unit
+
+    def _for_matrix(self, operator: LinearOperator) -> LinearOperator:
+        """A factor's covariance in the dtype in which it is to be decomposed."""
+        dtype = self.options.decomposition_dtype
+        return operator if dtype is None else operator.astype(dtype)
 
     def _expanded(self, vector: Params) -> Params:
         """The vector in the form that the factors are about."""
@@ -274,6 +337,25 @@ class FisherBlock(abc.ABC):
     @property
     def _takes_sparse_rows(self) -> bool:
         return False
+
+
+@dataclass(frozen=True)
+class BlockDamping:
+    """The damping of a block in the units of the block, read at every inverse update.
+
+    Equal for the same block, so that it names a request.
+    """
+
+    block: FisherBlock
+
+    def __call__(self) -> Scalar:
+        """The value now."""
+        damping = self.block._damping
+        assert damping is not None
+        return self.block._absolute(read_damping(damping))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.block.name})"
 
 
 def add_moments(total: dict[FisherFactor, Array], new: Mapping[FisherFactor, Array]) -> None:

@@ -24,7 +24,6 @@ from kfac_xp.fisher_factors.convolution import require_extract_patches_fn
 from kfac_xp.geometry import Padding
 from kfac_xp.layer_specs import ConvolutionKind, ConvolutionSpec
 from kfac_xp.randomness import Generator
-from kfac_xp.representations import read_damping
 from kfac_xp.typing import Array, Params, Scalar
 
 
@@ -231,9 +230,9 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
         return float(self.num_locations)
 
     @property
-    def damping(self) -> Scalar:
-        """The block's damping divided by ``num_locations ** normalize_damping_power``."""
-        return self._normalized_damping(self.num_locations)
+    def num_replications(self) -> int:
+        """The number of locations."""
+        return self.num_locations
 
     def input_key(self) -> tuple[Any, ...]:
         """See `FisherBlock.input_key`."""
@@ -345,8 +344,10 @@ class ConvDiagonalFB(LayerFactorFB, Convolution, DiagonalFB):
     @property
     def damping(self) -> Scalar:
         """``L * damping / L ** normalize_damping_power`` for L locations: damping at power 1."""
-        self._require_factors()
-        damping, power = read_damping(self._damping), self.options.normalize_damping_power
+        return super().damping
+
+    def _total_damping(self, damping: Scalar) -> Scalar:
+        power = self.options.normalize_damping_power
         return self.num_locations * normalize_damping(damping, self.num_locations, power)
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.convolution import ConvDiagonalFB, ConvKFCBasicFB, Convolution
 from kfac_xp.geometry import Padding
+from kfac_xp.operators import FullMatrix, LinearOperator
 from kfac_xp.params import param_shapes
-from kfac_xp.typing import Array, Params
+from kfac_xp.typing import Array, Params, Scalar, Split
 
 
 def depthwise_conv2d_filter_to_conv2d_filter(filter: Array) -> Array:
@@ -74,6 +75,19 @@ class _Depthwise(Convolution):
         return self.spec.kernel_out(conv2d_filter_to_depthwise_conv2d_filter(vector))
 
 
+def _within_channels(A: Array, G: Array, channels: int) -> Array:
+    """``kron(A, G)`` of an ordinary convolution between depthwise entries alone: [n, n].
+
+    For A [J * C, J * C] and G [C * M, C * M] and vectors in the order (taps, C, M).
+    """
+    xp = array_namespace(A, G)
+    taps, multiplier = A.shape[0] // channels, G.shape[0] // channels
+    a = xp.reshape(A, (taps, channels, 1, taps, channels, 1))
+    g = xp.reshape(G, (1, channels, multiplier, 1, channels, multiplier))
+    n = taps * channels * multiplier
+    return xp.reshape(a * g, (n, n))
+
+
 class DepthwiseConvDiagonalFB(_Depthwise, ConvDiagonalFB):
     """FisherBlock for depthwise convolutions using a diagonal approximation.
 
@@ -127,13 +141,22 @@ class DepthwiseConvDiagonalFB(_Depthwise, ConvDiagonalFB):
             **options,
         )
 
+    def _entries(self) -> Array:
+        entries = super()._entries()
+        kernel = array_namespace(entries).reshape(entries, self.filter_shape)
+        return array_namespace(entries).reshape(
+            conv2d_filter_to_depthwise_conv2d_filter(kernel), (-1,)
+        )
+
 
 class DepthwiseConvKFCBasicFB(_Depthwise, ConvKFCBasicFB):
     """FisherBlock for depthwise convolutions: KFC of the ordinary convolution, restricted.
 
     Vectors are put into an ordinary kernel, multiplied by its block, and read back: the inverse is
     the restriction of the ordinary inverse, not the inverse of the restriction.
-    `full_fisher_block` is that of the ordinary convolution.
+    `full_fisher_block` is that of the ordinary convolution. `matrix` is the restriction, stored
+    as a full matrix over the n entries of the kernel, and its `inv` is the inverse of that.
+    ``damping_split="exact"`` damps the ordinary convolution's block.
 
     Arguments and errors are those of `DepthwiseConvDiagonalFB`.
     """
@@ -162,6 +185,21 @@ class DepthwiseConvKFCBasicFB(_Depthwise, ConvKFCBasicFB):
             name=name,
             **options,
         )
+
+    def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
+        # The restriction of a Kronecker product is none. It has M times the rows of A.
+        A, G, r = self._sides(damping if split == "pi" else 0.0)
+        restricted = _within_channels(A.to_dense(), G.to_dense(), self.filter_shape[-2])
+        matrix = FullMatrix(r * restricted)
+        return (
+            matrix if split == "pi" else matrix.plus_identity(as_scalar_like(damping, restricted))
+        )
+
+    def _mean_eigenvalue(self) -> Array:
+        A, G, r = self._sides(0.0)
+        xp = array_namespace(A.like)
+        kernel = xp.reshape(A.diagonal()[:, None] * G.diagonal()[None, :], self.filter_shape)
+        return r * xp.mean(conv2d_filter_to_depthwise_conv2d_filter(kernel))
 
 
 def _same_channel(x: Array) -> Array:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kfac_xp.backend import cast
+from kfac_xp.backend import array_namespace, as_scalar_like, cast
 from kfac_xp.fisher_blocks.base import FisherBlock
 from kfac_xp.fisher_factors import DiagonalFactor, FisherFactor
-from kfac_xp.operators import LinearOperator
+from kfac_xp.operators import Diag, LinearOperator
 from kfac_xp.params import column_to_tensors, tensors_to_column
 from kfac_xp.representations import read_damping
-from kfac_xp.typing import Array, Params, Scalar
+from kfac_xp.typing import Array, Params, Scalar, Split
 
 
 class DiagonalFB(FisherBlock):
@@ -27,7 +27,7 @@ class DiagonalFB(FisherBlock):
     def damping(self) -> Scalar:
         """What is added to every entry."""
         self._require_factors()
-        return read_damping(self._damping)
+        return self._total_damping(self._absolute(read_damping(self._damping)))
 
     def register_matpower(self, exp: float) -> None:
         """Nothing is stored: powers are made from the covariance of now."""
@@ -57,6 +57,23 @@ class DiagonalFB(FisherBlock):
         """``diag(cov)``, dense and undamped."""
         self._require_factors()
         return self.factor.get_cov_as_linear_operator().to_dense()
+
+    def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
+        matrix = self._for_matrix(Diag(self._entries()))
+        total = self._total_damping(damping) if split == "pi" else damping
+        return matrix.plus_identity(as_scalar_like(total, matrix.like))
+
+    def _mean_eigenvalue(self) -> Array:
+        entries = self._entries()
+        return array_namespace(entries).mean(entries)
+
+    def _entries(self) -> Array:
+        """The undamped diagonal, one entry for each parameter: shape [n]."""
+        return self.factor.get_cov_as_linear_operator().diagonal()
+
+    def _total_damping(self, damping: Scalar) -> Scalar:
+        """What is added to every entry, of a damping of the block."""
+        return damping
 
     def _scaled(self, vector: Params, operator: Callable[[], LinearOperator]) -> Params:
         self._require_vector(vector)

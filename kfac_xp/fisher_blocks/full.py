@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kfac_xp.backend import cast
-from kfac_xp.fisher_blocks.base import FisherBlock
+from kfac_xp.backend import as_scalar_like, cast
+from kfac_xp.fisher_blocks.base import BlockDamping, FisherBlock
 from kfac_xp.fisher_factors import FisherFactor, InverseProvidingFactor
 from kfac_xp.operators import LinearOperator
 from kfac_xp.params import column_to_tensors, tensors_to_column
 from kfac_xp.representations import read_damping
-from kfac_xp.typing import Array, Damping, Params, Scalar
+from kfac_xp.typing import Array, Damping, Params, Scalar, Split
 
 
 class FullFB(FisherBlock):
@@ -65,9 +65,18 @@ class FullFB(FisherBlock):
 
     @property
     def _full_damping(self) -> Damping:
+        """What names the factor's requests: the block's damping, or what makes it absolute."""
         self._require_factors()
         assert self._damping is not None
-        return self._damping
+        return BlockDamping(self) if self.options.relative_damping else self._damping
+
+    def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
+        matrix = self._for_matrix(self.factor.get_cov_as_linear_operator())
+        return matrix.plus_identity(as_scalar_like(damping, matrix.like))
+
+    def _mean_eigenvalue(self) -> Array:
+        cov = self.factor.get_cov_as_linear_operator()
+        return cov.trace() / cov.domain_dimension
 
     def _product(
         self, vector: Params, operator: Callable[[], LinearOperator], transpose: bool = False

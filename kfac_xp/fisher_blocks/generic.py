@@ -10,6 +10,7 @@ from kfac_xp.fisher_blocks.base import FactorMaker, FisherBlock, average_in
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
 from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_factors import FisherFactor, NaiveDiagonalFactor, NaiveFullFactor
+from kfac_xp.operators import LayerSpace
 from kfac_xp.params import param_shapes
 from kfac_xp.representations import require_damping
 from kfac_xp.typing import Array, Damping, Params, Scalar
@@ -133,6 +134,9 @@ class _NaiveFB(FisherBlock):
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
         return self._shapes
+
+    def _space(self) -> LayerSpace:
+        return LayerSpace(self._shapes, is_tuple=isinstance(self._params, (tuple, list)))
 
     @abc.abstractmethod
     def _make_factor(self, grads: Any, batch_size: int | None) -> None:

@@ -23,7 +23,7 @@ from kfac_xp.geometry import Padding
 from kfac_xp.layer_specs import DenseSpec
 from kfac_xp.params import layer_params_to_mat2d, mat2d_to_layer_params
 from kfac_xp.precision import exact_products
-from kfac_xp.typing import Array, Params, Scalar
+from kfac_xp.typing import Array, Params
 
 
 class SeriesFBApproximation(enum.IntEnum):
@@ -88,9 +88,9 @@ class FullyConnectedMultiIndepFB(FullyConnectedKFACBasicFB, InputOutputMultiTowe
         return float(self.num_uses)
 
     @property
-    def damping(self) -> Scalar:
-        """The block's damping divided by ``num_uses ** normalize_damping_power``."""
-        return self._normalized_damping(self.num_uses)
+    def num_replications(self) -> int:
+        """The number of uses."""
+        return self.num_uses
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         self.input_factor = self._side(
@@ -175,9 +175,9 @@ class ConvKFCBasicMultiIndepFB(ConvKFCBasicFB, InputOutputMultiTowerMultiUse):
         return float(self.num_locations * self.num_uses)
 
     @property
-    def damping(self) -> Scalar:
-        """The block's damping divided by ``(locations * uses) ** normalize_damping_power``."""
-        return self._normalized_damping(self.num_locations * self.num_uses)
+    def num_replications(self) -> int:
+        """The number of locations times the number of uses."""
+        return self.num_locations * self.num_uses
 
     def _input_factor(self, inputs: list[Any]) -> FisherFactor:
         filter_shape, padding, *rest = self._geometry_arguments()
@@ -261,9 +261,9 @@ class FullyConnectedSeriesFB(KroneckerProductFB, InputOutputMultiTowerMultiUse):
         self.option = SeriesFBApproximation(option)
 
     @property
-    def damping(self) -> Scalar:
-        """The block's damping divided by ``num_uses ** normalize_damping_power``."""
-        return self._normalized_damping(self.num_uses)
+    def num_replications(self) -> int:
+        """The number of uses."""
+        return self.num_uses
 
     def register_matpower(self, exp: float) -> None:
         """Ask for the inverse; the block has no other powers."""

@@ -15,6 +15,7 @@ from kfac_xp.fisher_factors import (
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
 )
+from kfac_xp.operators import LayerSpace
 from kfac_xp.params import as_arrays
 from kfac_xp.typing import Array, Params
 
@@ -76,6 +77,9 @@ class _ScaleAndShiftFB(LayerFactorFB):
                 f"of {' and '.join(str(n) for (n,) in self._param_shapes)} entries; got shapes "
                 f"{' and '.join(str(tuple(a.shape)) for a in as_arrays(vector))}."
             )
+
+    def _space(self) -> LayerSpace:
+        return LayerSpace(self._param_shapes, any_shape=True)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", *self.factor.moment.case_shape)

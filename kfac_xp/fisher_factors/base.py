@@ -19,7 +19,7 @@ from kfac_xp.batches import (
     require_shape,
 )
 from kfac_xp.moments import Moment
-from kfac_xp.operators import LinearOperator
+from kfac_xp.operators import LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.precision import statistics_products
 from kfac_xp.representations import (
@@ -279,6 +279,18 @@ class FisherFactor(abc.ABC):
     def get_cholesky_inverse(self, damping_func: Damping) -> LinearOperator:
         """Inverse of the factor that `get_cholesky` returns, as last computed."""
         return self._serve(Request("cholesky_inverse", -0.5, DampingKey(damping_func)))
+
+    def register_damped_eigen(self, damping_func: Damping) -> None:
+        """Ask for the eigenvectors and eigenvalues of the covariance, beside a damping."""
+        self._powers.register(Request("eigen", 0.0, DampingKey(damping_func)))
+
+    def get_damped_eigen(self, damping_func: Damping) -> tuple[Spectrum, Scalar]:
+        """Spectrum of the undamped covariance, and the damping, both as last computed.
+
+        A diagonal factor gives both as they are now.
+        """
+        request = Request("eigen", 0.0, DampingKey(damping_func))
+        return self._powers.damped_eigen(request, self._value, self.name)
 
     def left_multiply_matpower(self, x: Array, exp: float, damping_func: Damping) -> Array:
         """``(cov + damping * I) ** exp @ x``."""

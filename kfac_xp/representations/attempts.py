@@ -136,6 +136,12 @@ class Eigen:
         residual = xp.sqrt(xp.sum(relative) / damped.shape[0])
         return checks + xp.stack([residual, xp.zeros_like(residual)])
 
+    def checks_of_inverses(self, array: Array, damping: Scalar) -> Array:
+        """As `checks`, and not finite if a damped eigenvalue has no inverse."""
+        xp, smallest = array_namespace(array), array_namespace(array).min(self.values + damping)
+        checks = self.checks(array, damping)
+        return xp.where(smallest > 0, checks, xp.full_like(checks, xp.nan))
+
 
 @dataclass(frozen=True)
 class Attempt:

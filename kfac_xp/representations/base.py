@@ -6,10 +6,10 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kfac_xp.operators import LinearOperator
+from kfac_xp.operators import LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.requests import Request
-from kfac_xp.typing import Array
+from kfac_xp.typing import Array, Scalar
 
 
 class Representation(abc.ABC):
@@ -43,6 +43,12 @@ class Representation(abc.ABC):
         self, request: Request, read_value: Callable[[], Array], owner: str
     ) -> LinearOperator:
         """The stored matrix function; computed now where nothing is stored."""
+
+    @abc.abstractmethod
+    def damped_eigen(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> tuple[Spectrum, Scalar]:
+        """Spectrum of the covariance and the damping, as last computed; of now if not stored."""
 
     @property
     def needs_refresh(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
-from kfac_xp.operators import FullMatrix, LinearOperator
+from kfac_xp.operators import FullMatrix, LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.attempts import (
     RUNGS,
@@ -23,9 +23,9 @@ from kfac_xp.representations.attempts import (
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import DampingKey, PowerCache, Request
 from kfac_xp.representations.solvers import Task
-from kfac_xp.typing import Array
+from kfac_xp.typing import Array, Scalar
 
-FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse", "eigenbasis")
+FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse", "eigenbasis", "eigen")
 """Kinds of requests that need the covariance alone."""
 
 _DIRECT = RUNGS.index("direct")  # saved states number the rungs from here
@@ -66,9 +66,11 @@ class Dense(Representation):
 
     def _stored_identity(self, request: Request, identity: Array) -> Array:
         """What is stored for a function of the covariance that is the identity."""
-        if request.kind != "eigenbasis":
-            return identity
-        return array_namespace(identity).concat([identity, identity[:1, :] * 0 + 1])
+        if request.kind == "eigenbasis":
+            return array_namespace(identity).concat([identity, identity[:1, :] * 0 + 1])
+        if request.kind == "eigen":
+            return _with_rows(identity, 1 + 0 * identity[0, :], 0.0)
+        return identity
 
     def eigenbasis(self, request: Request, owner: str) -> tuple[Array, Array]:
         """Eigenvalues [n] and orthonormal eigenvectors [n, n], as last computed."""
@@ -98,6 +100,14 @@ class Dense(Representation):
     def holders(self) -> list[Any]:
         """Itself and its table."""
         return [self, self.cache]
+
+    def damped_eigen(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> tuple[Spectrum, Scalar]:
+        """Spectrum of the covariance, and the damping, as last computed."""
+        stored = self.cache.fetch(request, owner)
+        n = stored.shape[1]
+        return Spectrum(FullMatrix(stored[:n, :]), stored[n, :]), stored[n + 1, 0]
 
     def state_dict(self) -> dict[str, Any]:
         """The matrix functions as last computed, by order of registration, and how."""
@@ -228,7 +238,7 @@ class Dense(Representation):
 
     @property
     def _keeps_eigenbasis(self) -> bool:
-        return any(r.kind == "eigenbasis" for r in self.cache.requests)
+        return any(r.kind in ("eigenbasis", "eigen") for r in self.cache.requests)
 
     def _last_inverse(self, request: Request) -> Array | None:
         """The inverse itself within what is stored for it; None before there is one."""
@@ -276,6 +286,12 @@ class Dense(Representation):
         for request in requests:
             if request.kind in ("matpower", "eigenbasis"):
                 continue
+            if request.kind == "eigen":
+                assert eigen is not None
+                damping = dampings[request]
+                arrays[request] = _with_rows(eigen.vectors, eigen.values, damping)
+                checks.append(eigen.checks_of_inverses(arrays[request], damping))
+                continue
             if request.damping not in factors:
                 factors[request.damping] = linalg.cholesky(cov, dampings[request])
             factor = factors[request.damping]
@@ -283,3 +299,9 @@ class Dense(Representation):
             arrays[request] = linalg.inverse_lower(factor) if is_inverse else factor
             checks.append(without_residual(arrays[request]))
         return {r: arrays[r] for r in requests}, checks
+
+
+def _with_rows(vectors: Array, values: Array, damping: Scalar) -> Array:
+    """Eigenvectors [n, n], with the eigenvalues and then the damping as rows: [n + 2, n]."""
+    xp = array_namespace(vectors)
+    return xp.concat([vectors, values[None, :], (0 * values + damping)[None, :]])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
-from kfac_xp.operators import Diag
+from kfac_xp.operators import Diag, Spectrum
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import Request
-from kfac_xp.typing import Array
+from kfac_xp.typing import Array, Scalar
 
 
 class Diagonal(Representation):
@@ -35,3 +35,10 @@ class Diagonal(Representation):
         entries = self.operator(read_value()).entries
         exp = {"matpower": request.exp, "cholesky": 0.5, "cholesky_inverse": -0.5}[request.kind]
         return Diag((entries + as_scalar_like(request.damping.read(), entries)) ** exp)
+
+    def damped_eigen(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> tuple[Spectrum, Scalar]:
+        """The unit vectors and the entries of now, and the damping of now."""
+        operator = self.operator(read_value())
+        return operator.spectrum(), as_scalar_like(request.damping.read(), operator.entries)

@@ -12,7 +12,13 @@ from kfac_xp.backend import array_namespace, as_number, device_of, is_readable
 from kfac_xp.typing import Array, Damping, Scalar
 
 Kind = Literal[
-    "matpower", "cholesky", "cholesky_inverse", "eigenbasis", "option1quants", "option2quants"
+    "matpower",
+    "cholesky",
+    "cholesky_inverse",
+    "eigenbasis",
+    "eigen",
+    "option1quants",
+    "option2quants",
 ]
 
 
@@ -146,6 +152,7 @@ class PowerCache:
             "eigenbasis": "register_eigenbasis(damping)",
             "option1quants": "register_option1quants(damping)",
             "option2quants": "register_option2quants(damping)",
+            "eigen": "register_damped_eigen(damping)",
         }[request.kind]
         raise RuntimeError(
             f"{owner} does not serve {request!r}; it serves {list(self.requests)}. "

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
-from kfac_xp.operators import LinearOperator, RankOneUpdate, RepeatedBlock
+from kfac_xp.operators import (
+    LinearOperator,
+    RankOneUpdate,
+    RepeatedBlock,
+    Spectrum,
+    UncorrelatedTaps,
+    spectrum_of_taps,
+)
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.attempts import Eigen, Prepared, without_residual
 from kfac_xp.representations.dense import Dense
@@ -47,21 +55,36 @@ class SpatiallyUncorrelated(Dense):
 
     def register(self, request: Request) -> None:
         """Keep the inverse from the next refresh on; other functions have no such form."""
-        if request.kind != "matpower":
+        if request.kind not in ("matpower", "eigen"):
             raise NotImplementedError(
                 "a factor with spatially uncorrelated activations has no Cholesky factor of its "
                 "own form. Use ConvInputKroneckerFactor (approx='kron')."
             )
-        if request.exp not in (1.0, -1.0):
+        if request.kind == "matpower" and request.exp not in (1.0, -1.0):
             raise ValueError(
                 "`exp` must be 1 or -1 for a factor with spatially uncorrelated activations; got "
-                f"{request.exp:g}. Use ConvInputKroneckerFactor (approx='kron') for other powers."
+                f"{request.exp:g}. Use damping_split='exact', or ConvInputKroneckerFactor "
+                "(approx='kron'), for other powers."
             )
         super().register(request)
 
-    def operator(self, value: Array) -> LinearOperator:
+    def operator(self, value: Array) -> UncorrelatedTaps:
         """The matrix of the whole patches, undamped."""
         return self._damped(value, 0.0)
+
+    def damped_eigen(
+        self, request: Request, read_value: Callable[[], Array], owner: str
+    ) -> tuple[Spectrum, Scalar]:
+        """Spectrum of the matrix of the whole patches, and the damping, as last computed."""
+        stored = self.cache.fetch(request, owner)
+        c, xp = self.num_channels, array_namespace(stored)
+        size, parts, start = c + self.has_bias, [], 0
+        for rows in (c, size):
+            values, start = stored[start : start + rows], start + rows
+            vectors, start = stored[start : start + rows * rows], start + rows * rows
+            parts.append((values, xp.reshape(vectors, (rows, rows))))
+        spectrum = spectrum_of_taps(parts[0], parts[1], self.num_taps, self.has_bias)
+        return spectrum, stored[-1]
 
     def serve(
         self, request: Request, read_value: Callable[[], Array], owner: str
@@ -79,6 +102,11 @@ class SpatiallyUncorrelated(Dense):
         return RankOneUpdate(base, self._tiled(scaled_mean, corner), -coefficient)
 
     def _stored_identity(self, request: Request, identity: Array) -> Array:
+        if request.kind == "eigen":
+            xp, size = array_namespace(identity), self.num_channels + self.has_bias
+            border = xp.eye(size, dtype=identity.dtype, device=device_of(identity))
+            channels, of_the_mean = ((xp.linalg.diagonal(m), m) for m in (identity, border))
+            return _packed_spectra(channels, of_the_mean, 0 * identity[0, 0])
         zero = 0 * identity[0, 0]
         return _packed(identity, 0 * identity[0, :], 1 + zero, zero)
 
@@ -103,6 +131,13 @@ class SpatiallyUncorrelated(Dense):
         arrays = {}
         for request, inverse in computed.items():
             damping = prepared.dampings[request]
+            if request.kind == "eigen":
+                assert eigen is not None
+                of_the_mean = self._damped(value, 0.0).of_the_mean()
+                pairs = (eigen.values, eigen.vectors), linalg.psd_eigh(of_the_mean)
+                arrays[request] = _packed_spectra(*pairs, 0 * mean[0] + damping)
+                checks.append(without_residual(arrays[request]))
+                continue
             scaled_mean = xp.matmul(inverse, mean)
             corner = xp.ones_like(mean[0]) / damping
             size = 1 + self.num_taps * xp.sum(mean * scaled_mean)
@@ -113,15 +148,11 @@ class SpatiallyUncorrelated(Dense):
             checks.append(without_residual(arrays[request]))
         return arrays, checks
 
-    def _damped(self, value: Array, damping: Scalar) -> LinearOperator:
-        xp = array_namespace(value)
+    def _damped(self, value: Array, damping: Scalar) -> UncorrelatedTaps:
         cov, mean = self.cov_of(value), value[:, -1]
-        eye = xp.eye(cov.shape[0], dtype=cov.dtype, device=device_of(cov))
-        corner = xp.ones_like(mean[0]) * damping if self.has_bias else None
-        base = RepeatedBlock(cov + damping * eye, self.num_taps, corner)
-        if self.options.assume_zero_mean_activations:
-            return base
-        return RankOneUpdate(base, self._tiled(mean, xp.ones_like(mean[0])), 1.0)
+        corner = array_namespace(value).ones_like(mean[0]) * damping if self.has_bias else None
+        mean = None if self.options.assume_zero_mean_activations else mean
+        return UncorrelatedTaps(linalg.add_to_diagonal(cov, damping), mean, self.num_taps, corner)
 
     def _tiled(self, channels: Array, last: Array) -> Array:
         """``kron(ones(J), channels)``, with `last` appended for a bias."""
@@ -135,3 +166,12 @@ def _packed(inverse: Array, scaled_mean: Array, corner: Array, coefficient: Arra
     xp = array_namespace(inverse)
     scalars = xp.stack([corner, coefficient])
     return xp.concat([xp.reshape(inverse, (-1,)), scaled_mean, scalars])
+
+
+def _packed_spectra(
+    channels: tuple[Array, Array], of_the_mean: tuple[Array, Array], damping: Array
+) -> Array:
+    """One vector of eigenvalues and eigenvectors of both blocks of the taps, and the damping."""
+    xp = array_namespace(damping)
+    pieces = [xp.reshape(a, (-1,)) for pair in (channels, of_the_mean) for a in pair]
+    return xp.concat([*pieces, xp.reshape(damping, (1,))])
