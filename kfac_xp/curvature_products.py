@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
-from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch, Matrix, PerLoss, require_layers
-from kfac_xp.params import flat_to_vectors, map_vectors, vectors_to_flat
-from kfac_xp.state import to_numpy
-from kfac_xp.typing import Array, Params, Vectors
+from kfac_xp.operators import (
+    CurvatureMatrix,
+    LayerSpace,
+    LinearOperator,
+    ModelSpace,
+    SymmetricProducts,
+    scipy_operator,
+)
+from kfac_xp.params import flat_to_vectors, map_vectors, param_shapes, vectors_to_flat
+from kfac_xp.typing import Array, Params, Scalar, Vectors
 
+Symmetric: TypeAlias = Literal["fisher", "ggn", "hessian"]
 Product: TypeAlias = Literal["fisher", "ggn", "hessian", "fisher_factor", "ggn_factor"]
 
 
@@ -140,7 +147,59 @@ class CurvatureMatrixVectorProductComputer:
         """As `ggn_factor_inner_shapes`."""
         return self.ggn_factor_inner_shapes
 
-    # ------------------------------------------------------------------ SciPy
+    # ------------------------------------------------------------------ as matrices
+
+    def matrix(
+        self, which: Symmetric = "fisher", damping: Scalar = 0.0, *, like: Vectors
+    ) -> CurvatureMatrix:
+        """The exact matrix of this batch, known by its products alone.
+
+        It multiplies vectors over the registered layers, flat ones and batches, can be scaled and
+        damped, made dense up to 4096 parameters (one product for each), and handed to SciPy.
+        `estimate_trace` estimates its trace. What needs eigenvalues or a diagonal is refused.
+
+        Parameters
+        ----------
+        which
+            ``"fisher"``, ``"ggn"`` or ``"hessian"``: sums over cases, as everywhere here.
+        damping
+            Added to the diagonal.
+        like
+            The parameters, or any vector like them: shapes, dtype, library and device are read.
+
+        Raises
+        ------
+        ValueError
+            If `which` is none of these, or `like` does not have the registered layers.
+        """
+        functions = {
+            "fisher": self.multiply_fisher,
+            "ggn": self.multiply_ggn,
+            "hessian": self.multiply_hessian,
+        }
+        if which not in functions:
+            raise ValueError(f"`which` must be one of {tuple(functions)}; got {which!r}.")
+        template = self._template(like)
+        flat = vectors_to_flat(template)
+
+        def multiply(x: Array) -> Array:
+            xp, columns = array_namespace(x), range(x.shape[1])
+            vectors = [flat_to_vectors(template, x[:, i]) for i in columns]
+            return xp.stack([vectors_to_flat(functions[which](v)) for v in vectors], axis=1)
+
+        instead = (
+            "Make it dense (`to_dense()`, up to 4096 parameters), let SciPy solve or decompose "
+            "`to_scipy()`, estimate the trace by `estimate_trace`, or use "
+            "`FisherEstimator.matrix`, whose blocks have it."
+        )
+        operator: LinearOperator = SymmetricProducts(multiply, flat, f"the exact {which}", instead)
+        if not (isinstance(damping, (int, float)) and damping == 0):
+            operator = operator.plus_identity(as_scalar_like(damping, flat))
+        layers = {
+            name: LayerSpace(param_shapes(p), is_tuple=isinstance(p, (tuple, list)))
+            for name, p in template.items()
+        }
+        return CurvatureMatrix(operator, ModelSpace(layers))
 
     def to_scipy(self, which: Product = "fisher", *, like: Vectors) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` for solvers and eigensolvers on the host.
@@ -162,27 +221,12 @@ class CurvatureMatrixVectorProductComputer:
         ValueError
             If `which` is none of these, or `like` does not have the registered layers.
         """
-        symmetric = {
-            "fisher": self.multiply_fisher,
-            "ggn": self.multiply_ggn,
-            "hessian": self.multiply_hessian,
-        }
-        factors = ("fisher_factor", "ggn_factor")
-        if which not in symmetric and which not in factors:
-            raise ValueError(f"`which` must be one of {(*symmetric, *factors)}; got {which!r}.")
-        make = _scipy_linalg().LinearOperator
-        require_layers("`like`", like, self._layers)
-        template = {name: like[name] for name in self._layers.registered_variables}
+        if which not in get_args(Product):
+            raise ValueError(f"`which` must be one of {get_args(Product)}; got {which!r}.")
+        if which == "fisher" or which == "ggn" or which == "hessian":
+            return self.matrix(which, like=like).to_scipy()
+        template = self._template(like)
         flat = vectors_to_flat(template)
-        host_dtype = to_numpy(flat[:0]).dtype
-        if which in symmetric:
-
-            def product(x: Any) -> Any:
-                moved = flat_to_vectors(template, _moved(x, flat))
-                return to_numpy(vectors_to_flat(symmetric[which](moved)))
-
-            shape = (flat.shape[0],) * 2
-            return make(shape, matvec=product, rmatvec=product, dtype=host_dtype)
         matrix: Matrix = "fisher" if which == "fisher_factor" else "ggn"
         shapes = self._inner_shapes(matrix)
         inner_like = {
@@ -190,18 +234,23 @@ class CurvatureMatrixVectorProductComputer:
             for name, shape in shapes.items()
         }
 
-        def factor(u: Any) -> Any:
-            inner = flat_to_vectors(inner_like, _moved(u, flat))
-            return to_numpy(vectors_to_flat(self._multiply_factor(matrix, inner)))
+        def factor(u: Array) -> Array:
+            inner = flat_to_vectors(inner_like, u)
+            return vectors_to_flat(self._multiply_factor(matrix, inner))
 
-        def transpose(x: Any) -> Any:
-            moved = flat_to_vectors(template, _moved(x, flat))
-            return to_numpy(vectors_to_flat(self._multiply_transpose(matrix, moved)))
+        def transpose(x: Array) -> Array:
+            moved = flat_to_vectors(template, x)
+            return vectors_to_flat(self._multiply_transpose(matrix, moved))
 
         shape = (flat.shape[0], sum(math.prod(s) for s in shapes.values()))
-        return make(shape, matvec=factor, rmatvec=transpose, dtype=host_dtype)
+        return scipy_operator(shape, factor, transpose, flat)
 
     # ------------------------------------------------------------------ helpers
+
+    def _template(self, like: Vectors) -> dict[str, Params]:
+        """The vector `like`, its layers in the order of registration."""
+        require_layers("`like`", like, self._layers)
+        return {name: like[name] for name in self._layers.registered_variables}
 
     def _multiply(self, matrix: Matrix, vector: Vectors) -> dict[str, Params]:
         changes = self._batch.jvp(vector)
@@ -239,18 +288,3 @@ class CurvatureMatrixVectorProductComputer:
             name: (sum(tower[name][0] for tower in towers), *shape[1:])
             for name, shape in towers[0].items()
         }
-
-
-def _moved(x: Any, like: Array) -> Array:
-    xp = array_namespace(like)
-    return xp.asarray(x.reshape(-1), dtype=like.dtype, device=device_of(like))
-
-
-def _scipy_linalg() -> Any:
-    try:
-        return importlib.import_module("scipy.sparse.linalg")
-    except ImportError as error:
-        raise ImportError(
-            "`to_scipy` needs SciPy, which is not installed. Install it with "
-            "`pip install kfac-xp[scipy]`."
-        ) from error

@@ -8,7 +8,8 @@ from typing import Any
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection import LayerCollection
-from kfac_xp.typing import Array, Params, Scalar, Vectors
+from kfac_xp.operators import BlockDiagonal, CurvatureMatrix, ModelSpace
+from kfac_xp.typing import Array, Damping, Params, Scalar, Split, Vectors
 
 Thunk = Callable[[], Any]
 """A function without arguments that does one piece of work when it is called."""
@@ -91,6 +92,17 @@ class BlockwiseProducts:
         return {
             n: self._block(n).multiply_cholesky_inverse(v, transpose) for n, v in vectors.items()
         }
+
+    def matrix(self, damping: Damping = 0.0, split: Split = "pi") -> CurvatureMatrix:
+        """The block diagonal matrix of all registered layers: see `FisherBlock.matrix`.
+
+        Parameters without a registered layer are not in it. Statistics are means over cases: for
+        a data set of N cases the curvature of the summed loss is ``N * estimator.matrix()``.
+        """
+        blocks = {name: block.matrix(damping, split) for name, block in self._blocks.items()}
+        operator = BlockDiagonal({name: m.operator for name, m in blocks.items()})
+        spaces = {name: m.space for name, m in blocks.items()}
+        return CurvatureMatrix(operator, ModelSpace(spaces))
 
     # ------------------------------------------------------------------ the reference's "ops"
 

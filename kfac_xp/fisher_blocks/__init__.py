@@ -30,10 +30,9 @@ from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_blocks.multi_use import (
     ConvKFCBasicMultiIndepFB,
     FullyConnectedMultiIndepFB,
-    FullyConnectedSeriesFB,
-    SeriesFBApproximation,
 )
 from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
+from kfac_xp.fisher_blocks.series import FullyConnectedSeriesFB, SeriesFBApproximation
 from kfac_xp.fisher_blocks.tensor_normal import ConvTNTFB, FullyConnectedTNTFB, TensorNormalFB
 from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMultiTowerMultiUse
 from kfac_xp.fisher_blocks.weight_sharing import (

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kfac_xp.backend import as_scalar_like, cast
 from kfac_xp.batches import Placeholder, as_sources, bind, example_of, uses_folded, with_uses
 from kfac_xp.fisher_factors.convolution import ConvInputKroneckerFactor, ConvOutputKroneckerFactor
 from kfac_xp.fisher_factors.forms import InverseProvidingFactor
@@ -15,7 +16,7 @@ from kfac_xp.moments import DiagonalKroneckerMoment, MultiUseKroneckerMoment
 from kfac_xp.options import FactorOptions
 from kfac_xp.randomness import Generator
 from kfac_xp.representations import DampingKey, Lagged, Request
-from kfac_xp.typing import Array, Damping, Sources, Towers
+from kfac_xp.typing import Array, Damping, Scalar, Sources, Towers
 
 
 class FullyConnectedMultiKF(InverseProvidingFactor):
@@ -126,6 +127,19 @@ class FullyConnectedMultiKF(InverseProvidingFactor):
         """
         projection, basis, mu = self._powers.quantities(_quantities(2, damping_func), self.name)
         return projection, basis, mu
+
+    def chain_quantities(
+        self, option: int, damping: Scalar
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        """What `get_option1quants` or `get_option2quants` returns, from the averages of now.
+
+        And the damped covariance: its eigenvalues, and the matrix. In the factor's
+        `decomposition_dtype`, if one is given.
+        """
+        self._require_lag()
+        value = cast(self._value(), self.options.decomposition_dtype or self._like.dtype)
+        kind = _quantities(option, 0.0).kind
+        return self._powers.quantities_of(value, kind, as_scalar_like(damping, value))
 
     def batch_size(self, source: int = 0) -> int:
         """Number of cases of the bound data, however often the layer was used."""

@@ -118,7 +118,7 @@ class LayerSpace(VectorSpace):
 class ModelSpace(VectorSpace):
     """Vectors of a model: ``{layer name: vector of the layer}`` over all its layers."""
 
-    def __init__(self, layers: Mapping[str, LayerSpace]) -> None:
+    def __init__(self, layers: Mapping[str, VectorSpace]) -> None:
         self.layers = dict(layers)
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace
+from kfac_xp.operators.base import without_rounding
+from kfac_xp.precision import exact_products
 from kfac_xp.representations.attempts import Eigen, Prepared
 from kfac_xp.representations.dense import Dense
-from kfac_xp.representations.requests import Request
-from kfac_xp.typing import Array
+from kfac_xp.representations.requests import Kind, Request
+from kfac_xp.typing import Array, Scalar
 
 
 class Lagged(Dense):
@@ -36,6 +38,19 @@ class Lagged(Dense):
         if request.kind == "option1quants":
             return stored[:n, :], stored[n, :]
         return stored[:n, :], stored[n : 2 * n, :], stored[2 * n, :]
+
+    def quantities_of(
+        self, value: Array, kind: Kind, damping: Scalar
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        """As `quantities`, computed now; and the damped covariance: eigenvalues, and the matrix."""
+        cov = self.cov_of(value)
+        with exact_products(value), linalg.quiet_failures(value):
+            w, v = linalg.psd_eigh(cov, self.options.eigenvalue_clipping_threshold)
+            damped = without_rounding(w) + damping
+            root = linalg.eigen_power(w, v, -0.5, damping)
+            make = self._option1 if kind == "option1quants" else _option2
+            *matrices, row = make(root, value[1, ...])
+        return (*matrices, row[0, :]), (damped, linalg.add_to_diagonal(cov, damping))
 
     def _stored_identity(self, request: Request, identity: Array) -> Array:
         xp, zeros = array_namespace(identity), 0 * identity
