@@ -8,6 +8,7 @@ from kfac_xp.configuration import config, show_config
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import (
     LevenbergMarquardt,
+    compute_pi,
     compute_pi_adjusted_damping,
     compute_pi_tracenorm,
     normalize_damping,
@@ -97,14 +98,19 @@ from kfac_xp.loss_functions import (
 )
 from kfac_xp.op_queue import OpQueue, batch_execute
 from kfac_xp.operators import (
+    BlockDiagonal,
+    CurvatureMatrix,
     Diag,
+    Diagonalized,
     FullMatrix,
+    KroneckerEigen,
     KroneckerProduct,
     LinearOperator,
     LinearOperatorDiag,
     LinearOperatorFullMatrix,
     RankOneUpdate,
     RepeatedBlock,
+    UncorrelatedTaps,
 )
 from kfac_xp.ops import (
     conv_squared_outer,
@@ -168,10 +174,14 @@ __all__ = [
     "use_backend",
     # operators, damping, averages, parameters
     "AccumulatorVariable",
+    "BlockDiagonal",
+    "CurvatureMatrix",
     "Diag",
+    "Diagonalized",
     "FactorOptions",
     "FullMatrix",
     "IndexedSlices",
+    "KroneckerEigen",
     "KroneckerProduct",
     "LevenbergMarquardt",
     "LinearOperator",
@@ -182,7 +192,9 @@ __all__ = [
     "PackagedFunc",
     "RankOneUpdate",
     "RepeatedBlock",
+    "UncorrelatedTaps",
     "column_to_tensors",
+    "compute_pi",
     "compute_pi_adjusted_damping",
     "compute_pi_tracenorm",
     "flat_to_vectors",

@@ -1,5 +1,7 @@
 """What every public name does with arrays: one call of each, and why some have none."""
 
+import numpy as np
+
 import kfac_xp
 from tests.models import SmallConvNet, TanhNet
 from tests.public_layers import BLOCKS, FACTORS, images
@@ -64,6 +66,28 @@ def operator(p, op):
     product = op @ x
     parts = (op.T, op.to_dense(), op.trace(), op.diagonal(), op.matmul_right(x.T), op @ x[:, 0])
     return op, product, parts
+
+
+def symmetric(p, op):
+    spectrum = op.spectrum()
+    made = [op.power(-0.5), op.plus_identity(p.positive(1)[0]), op.scaled(2.0)]
+    numbers = [op.frobenius_norm(), op.largest_eigenvalue(), op.smallest_eigenvalue(), op.logdet()]
+    return operator(p, op), spectrum.vectors, spectrum.values, made, numbers
+
+
+def curvature(p):
+    """The matrix of an estimator: its eigenvalues are looked at once."""
+    layers, _ = tanh_layers(p)
+    made = kfac_xp.FisherEstimator(layers, 0.1)
+    made.update_cov(*tanh_batch(p, tanh_params(p)))
+    found = []
+    for split in ("pi", "exact"):
+        matrix = made.matrix(p.positive(1)[0], split)
+        vectors = matrix.sample(generator=0)
+        found += [vectors, matrix @ vectors, matrix.solve(matrix.flatten(vectors))]
+        found += [matrix.trace(), matrix.norm(), matrix.logdet(), matrix.diagonal()]
+        found += [matrix.eigvalsh(), matrix.estimate_trace(2, 0), matrix.to_dense()]
+    return found
 
 
 def slices(p):
@@ -139,7 +163,18 @@ FUNCTIONS = {
     "AccumulatorVariable": accumulated,
     "Diag": lambda p: operator(p, kfac_xp.Diag(p.positive(3))),
     "FullMatrix": lambda p: operator(p, kfac_xp.FullMatrix(p.covariance(3))),
+    "BlockDiagonal": lambda p: symmetric(
+        p, kfac_xp.BlockDiagonal(dict(zip("ab", pair(p), strict=True)))
+    ),
+    "CurvatureMatrix": curvature,
+    "Diagonalized": lambda p: symmetric(
+        p, kfac_xp.Diagonalized(kfac_xp.FullMatrix(p.array(np.eye(3))), p.positive(3))
+    ),
     "IndexedSlices": sparse,
+    "KroneckerEigen": lambda p: symmetric(p, kfac_xp.KroneckerProduct(*pair(p)).plus_identity(0.1)),
+    "UncorrelatedTaps": lambda p: symmetric(
+        p, kfac_xp.UncorrelatedTaps(p.covariance(2), p.normal(2), 3, p.positive(1)[0])
+    ),
     "KroneckerProduct": lambda p: operator(p, kfac_xp.KroneckerProduct(*pair(p))),
     "LinearOperatorDiag": lambda p: operator(p, kfac_xp.LinearOperatorDiag(p.positive(3))),
     "LinearOperatorFullMatrix": lambda p: operator(
@@ -156,6 +191,10 @@ FUNCTIONS = {
         p, kfac_xp.RepeatedBlock(p.covariance(3), 2, p.positive(1)[0])
     ),
     "column_to_tensors": lambda p: kfac_xp.column_to_tensors(vectors(p)["a"], p.normal(8, 1)),
+    "compute_pi": lambda p: [
+        kfac_xp.compute_pi(*pair(p), pi_type)
+        for pi_type in ("tracenorm", "frobenius", "largest_eigenvalue", "off")
+    ],
     "compute_pi_adjusted_damping": lambda p: kfac_xp.compute_pi_adjusted_damping(
         *pair(p), p.positive(1)[0]
     ),
@@ -340,6 +379,7 @@ CALLS = {**FUNCTIONS, **FACTORS, **BLOCKS, **LOSSES, **MODELS}
 READS = {**dict.fromkeys(FUNCTIONS, 0), **dict.fromkeys(LOSSES, 0)} | {
     "FullyConnectedSeriesFB": 2,  # two options, each refreshed once
     "PeriodicInvCovUpdateKfacOpt": 2,  # two steps
+    "CurvatureMatrix": 2,  # two matrices
     "CurvatureMatrixVectorProductComputer": 0,
     "LayerCollection": 0,
 }

@@ -3,11 +3,12 @@ import pytest
 
 from kfac_xp.damping import (
     LevenbergMarquardt,
+    compute_pi,
     compute_pi_adjusted_damping,
     compute_pi_tracenorm,
     normalize_damping,
 )
-from kfac_xp.operators import FullMatrix
+from kfac_xp.operators import Diag, FullMatrix, UncorrelatedTaps
 from tests.cases import assert_close
 
 
@@ -22,12 +23,44 @@ def test_pi(xp, rng):
     assert float(compute_pi_tracenorm(A, zero)) == 1.0
     assert compute_pi_adjusted_damping(A, G, 0.1, "off") == (0.1, 0.1)
     with pytest.raises(ValueError, match="`pi_type` must be"):
-        compute_pi_adjusted_damping(A, G, 0.1, "frobenius")
+        compute_pi_adjusted_damping(A, G, 0.1, "spectral")
 
 
-def test_pi_of_extreme_scales_stays_in_float32(xp):
+@pytest.mark.parametrize(
+    ("pi_type", "a_size", "g_size"),
+    [
+        ("tracenorm", 2.0, 4.0),
+        ("frobenius", np.sqrt(14 / 3), 4.0),
+        ("largest_eigenvalue", 3.0, 4.0),
+        ("off", 1.0, 1.0),
+    ],
+)
+def test_pi_by_every_norm(xp, rng, pi_type, a_size, g_size):
+    """Of factors in every form, by the eigenvalues that they were made of; 1 if one is zero."""
+    basis = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    a = FullMatrix(xp.asarray((basis * np.asarray([1.0, 2, 3])) @ basis.T))
+    g, zero = Diag(xp.asarray([4.0, 4.0])), FullMatrix(xp.zeros((2, 2)))
+    pi = compute_pi(a, g, pi_type)
+    assert_close(pi, np.sqrt(a_size / g_size), 1e-12)
+    assert_close(compute_pi_adjusted_damping(a, g, 0.1, pi_type)[0], 0.1 * pi, 1e-12)
+    assert float(compute_pi(zero, g, pi_type)) == float(compute_pi(g, zero, pi_type)) == 1.0
+
+
+@pytest.mark.parametrize("pi_type", ["frobenius", "largest_eigenvalue"])
+@pytest.mark.parametrize("corner", [None, 0.0], ids=["no bias", "bias"])
+def test_pi_of_uncorrelated_taps(rng, pi_type, corner):
+    x = rng.normal(size=(5, 2))
+    corner = None if corner is None else np.asarray(corner)
+    A = UncorrelatedTaps(x.T @ x, rng.normal(size=2), 3, corner)
+    full = FullMatrix(A.to_dense())
+    G = Diag(np.ones(2))
+    assert_close(compute_pi(A, G, pi_type), compute_pi(full, G, pi_type), 1e-12)
+
+
+@pytest.mark.parametrize("pi_type", ["tracenorm", "frobenius", "largest_eigenvalue"])
+def test_pi_of_extreme_scales_stays_in_float32(xp, pi_type):
     A, G = (FullMatrix(scale * xp.eye(3, dtype=xp.float32)) for scale in (1e20, 1e-20))
-    pi = compute_pi_tracenorm(A, G)
+    pi = compute_pi(A, G, pi_type)
     assert pi.dtype == xp.float32
     assert_close(pi, 1e20, 1e-5)
 

@@ -86,18 +86,17 @@ class CurvatureMatrix:
             If the shapes are neither those of the parameters nor flat.
         """
         if not batched and self._is_flat(x, axis=0):
-            return self._cast_back(self.operator.matmul(cast(x, self.dtype)), x)
+            return cast(self.operator.matmul(cast(x, self.dtype)), x.dtype)
         self._require(x, batched, "[n] or [n, k]")
-        flat = self.space.flattened(x, batched)
-        product = self._cast_back(self.operator.matmul_right(cast(flat, self.dtype)), flat)
-        return self.space.shaped(product, like=x)
+        flat = self.space.flattened(x, batched, self.dtype)
+        return self.space.shaped(self.operator.matmul_right(flat), like=x)
 
     def __matmul__(self, x: Any) -> Any:
         return self.matmul(x)
 
     def __rmatmul__(self, x: Any) -> Any:
         if self._is_flat(x, axis=-1):
-            return self._cast_back(self.operator.matmul_right(cast(x, self.dtype)), x)
+            return cast(self.operator.matmul_right(cast(x, self.dtype)), x.dtype)
         self._require(x, False, "[n] or [k, n]")
         return self.matmul(x)
 
@@ -291,9 +290,6 @@ class CurvatureMatrix:
             self._require_eigenvalues(f"power {exp:g}", positive=True)
         elif not exp.is_integer():
             self._require_eigenvalues(f"power {exp:g}", positive=False)
-
-    def _cast_back(self, product: Array, x: Array) -> Array:
-        return cast(product, x.dtype)
 
     def _require_eigenvalues(self, what: str, *, positive: bool) -> None:
         """Raise a LinAlgError if an eigenvalue is negative, or is not positive."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kfac_xp.backend import array_namespace
+from kfac_xp.backend import array_namespace, cast
 from kfac_xp.params import as_arrays
 from kfac_xp.typing import Array
 
@@ -28,12 +28,12 @@ class VectorSpace(abc.ABC):
         """Whether `x` is meant to have the shapes of the parameters: flat arrays are not."""
 
     @abc.abstractmethod
-    def flattened(self, x: Any, batched: bool) -> Array:
-        """A vector as an array [n], a batch of them as [k, n]."""
+    def flattened(self, x: Any, batched: bool, dtype: Any = None) -> Array:
+        """A vector as an array [n], a batch of them as [k, n]: in this dtype, if one is given."""
 
     @abc.abstractmethod
     def shaped(self, flat: Array, like: Any = None) -> Any:
-        """Inverse of `flattened`: with the form of the vector `like`, if one is given."""
+        """Inverse of `flattened`: with the form and dtypes of the vector `like`, if given."""
 
     @abc.abstractmethod
     def describe(self, batched: bool) -> str:
@@ -82,9 +82,9 @@ class LayerSpace(VectorSpace):
             return [math.prod(s) for s in found] == [math.prod(s) for s in self.shapes]
         return tuple(found) == self.shapes
 
-    def flattened(self, x: Any, batched: bool) -> Array:
-        """A vector as an array [n], a batch of them as [k, n]."""
-        arrays = as_arrays(x)
+    def flattened(self, x: Any, batched: bool, dtype: Any = None) -> Array:
+        """A vector as an array [n], a batch of them as [k, n]: in this dtype, if one is given."""
+        arrays = [a if dtype is None else cast(a, dtype) for a in as_arrays(x)]
         xp = array_namespace(*arrays)
         lead = (arrays[0].shape[0],) if batched else ()
         # The sizes are spelled out: a batch may have no vectors.
@@ -93,16 +93,17 @@ class LayerSpace(VectorSpace):
         return pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-1)
 
     def shaped(self, flat: Array, like: Any = None) -> Any:
-        """Inverse of `flattened`: with the form of the vector `like`, if one is given."""
+        """Inverse of `flattened`: with the form and dtypes of the vector `like`, if given."""
         xp, lead = array_namespace(flat), tuple(flat.shape[:-1])
-        if like is None:
-            shapes = [(*lead, *shape) for shape in self.shapes]
-        else:
-            shapes = [tuple(a.shape) for a in as_arrays(like)]
+        likes = [None] * len(self.shapes) if like is None else as_arrays(like)
         pieces, start = [], 0
-        for shape, own in zip(shapes, self.shapes, strict=True):
+        for template, own in zip(likes, self.shapes, strict=True):
             end = start + math.prod(own)
-            pieces.append(xp.reshape(flat[..., start:end], shape))
+            piece = flat[..., start:end]
+            if template is None:
+                pieces.append(xp.reshape(piece, (*lead, *own)))
+            else:
+                pieces.append(cast(xp.reshape(piece, tuple(template.shape)), template.dtype))
             start = end
         return tuple(pieces) if self.is_tuple else pieces[0]
 
@@ -145,13 +146,13 @@ class ModelSpace(VectorSpace):
                 raise ValueError(f"`x[{name!r}]` must be {space.describe(batched)}.")
         return True
 
-    def flattened(self, x: Any, batched: bool) -> Array:
+    def flattened(self, x: Any, batched: bool, dtype: Any = None) -> Array:
         """A vector as an array [n], a batch of them as [k, n]: layers in their own order."""
-        pieces = [space.flattened(x[name], batched) for name, space in self.layers.items()]
+        pieces = [space.flattened(x[name], batched, dtype) for name, space in self.layers.items()]
         return array_namespace(*pieces).concat(pieces, axis=-1)
 
     def shaped(self, flat: Array, like: Any = None) -> Any:
-        """Inverse of `flattened`: with the form of the vector `like`, if one is given."""
+        """Inverse of `flattened`: with the form and dtypes of the vector `like`, if given."""
         pieces, start = {}, 0
         for name, space in self.layers.items():
             end = start + space.size

@@ -1,0 +1,455 @@
+"""Curvature as matrices: every operation against the dense matrix of the definitions."""
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kfac_xp
+from kfac_xp.operators import LayerSpace, UncorrelatedTaps
+from tests.cases import assert_close, to_numpy
+from tests.curvature import SPECTRAL, blocks, dense_block
+from tests.models import TanhNet
+
+KINDS = [pytest.param(k, marks=[pytest.mark.more] if k != "kron" else []) for k in SPECTRAL]
+
+
+class Fixed:
+    """A generator of draws that are known."""
+
+    def __init__(self, draws):
+        self.draws = draws
+
+    def normal(self, shape):
+        assert tuple(shape) == tuple(self.draws.shape)
+        return self.draws
+
+    uniform = normal
+
+
+def power_of(dense, exp):
+    w, v = np.linalg.eigh(dense)
+    return (v * w**exp) @ v.T
+
+
+def require_operations(matrix, dense, xp, rng, rtol=1e-9):
+    """Every operation of a positive definite matrix, on flat vectors."""
+    n = len(dense)
+    w = np.linalg.eigvalsh(dense)
+    assert matrix.shape == (n, n)
+    assert matrix.T is matrix
+    x = rng.normal(size=(n, 3))
+    flat, wide = xp.asarray(x), xp.asarray(x.T.copy())
+    assert_close(matrix.to_dense(), dense, rtol, "to_dense")
+    assert_close(matrix @ flat, dense @ x, rtol, "@")
+    assert_close(matrix @ flat[:, 0], dense @ x[:, 0], rtol, "@ of one vector")
+    if xp.__name__ != "array_api_strict":  # it refuses operands that are not its own
+        assert_close(wide @ matrix, x.T @ dense, rtol, "from the left")
+        assert_close(wide[0, :] @ matrix, x[:, 0] @ dense, rtol, "one from the left")
+    assert_close(matrix.solve(flat), np.linalg.solve(dense, x), rtol, "solve")
+    for exp in (-1, -0.5, 0.5, 2, 0):
+        assert_close(matrix.matpower(exp) @ flat, power_of(dense, exp) @ x, rtol, f"power {exp}")
+    assert_close(matrix.inv().to_dense(), np.linalg.inv(dense), rtol, "inv")
+    assert_close(matrix.trace(), np.trace(dense), rtol, "trace")
+    assert_close(matrix.diagonal(), np.diagonal(dense), rtol, "diagonal")
+    assert_close(matrix.inv().diagonal(), np.diagonal(np.linalg.inv(dense)), rtol, "of the inverse")
+    assert_close(matrix.logdet(), np.linalg.slogdet(dense)[1], rtol, "logdet")
+    assert_close(matrix.norm("fro"), np.linalg.norm(dense), rtol, "norm")
+    assert_close(matrix.eigvalsh(), w, rtol, "eigvalsh")
+    moved = (3 * matrix / 2).plus_identity(0.7)
+    there = 1.5 * dense + 0.7 * np.eye(n)
+    assert_close(moved @ flat, there @ x, rtol, "a multiple plus the identity")
+    assert_close(moved.inv().diagonal(), np.diagonal(np.linalg.inv(there)), rtol, "its inverse")
+    draws = matrix.sample(generator=Fixed(wide), num_samples=3)
+    drawn = matrix.flatten(draws, batched=True)
+    assert_close(drawn, x.T @ power_of(dense, -0.5), rtol, "sample")
+    one = matrix.flatten(matrix.sample(0.5, generator=Fixed(flat[:, 0])))
+    assert_close(one, power_of(dense, 0.5) @ x[:, 0], rtol, "one sample of another power")
+
+
+@pytest.mark.parametrize("split", ["pi", "exact"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_those_of_the_dense_matrix(xp, rng, kind, split):
+    block = blocks(xp, rng)[kind]()
+    assert_close(block.matrix().to_dense(), dense_block(block), 1e-12)
+    matrix = block.matrix(0.1, split)
+    require_operations(matrix, dense_block(block, 0.1, split), xp, rng)
+    assert matrix.dtype == xp.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pi_is_what_the_block_multiplies_by(xp, rng, kind):
+    block = blocks(xp, rng)[kind]()
+    for exp in (-1, 0.5):
+        if exp == -1 or "sua" not in kind:
+            block.register_matpower(exp)
+    block.update_inverses()
+    matrix = block.matrix(0.1)
+    vector = matrix.unflatten(xp.asarray(rng.normal(size=matrix.shape[0])))
+    assert_close(
+        matrix.flatten(block.multiply(vector)), to_numpy(matrix.flatten(matrix @ vector)), 1e-10
+    )
+    if kind != "depthwise":  # its inverse is the restriction of an inverse
+        inverse = matrix.flatten(block.multiply_inverse(vector))
+        assert_close(inverse, to_numpy(matrix.flatten(matrix.solve(vector))), 1e-9)
+
+
+@pytest.mark.more
+def test_a_chain_of_uses(xp, rng):
+    """Its inverse is known; of option 1 the matrix, too."""
+    for option in (1, 2):
+        block = blocks(xp, rng)[f"series_{option}"]()
+        block.register_matpower(-1)
+        block.update_inverses()
+        matrix = block.matrix(0.1)
+        n = matrix.shape[0]
+        eye = np.eye(n)
+        inverse = np.stack(
+            [to_numpy(block.multiply_inverse(xp.asarray(e.reshape(3, 2)))).ravel() for e in eye]
+        )
+        x = rng.normal(size=(n, 2))
+        assert_close(matrix.solve(xp.asarray(x)), inverse @ x, 1e-10)
+        assert_close(matrix.inv().to_dense(), inverse, 1e-10)
+        z = xp.asarray(eye)
+        root = to_numpy(
+            matrix.flatten(matrix.sample(generator=Fixed(z), num_samples=n), batched=True)
+        )
+        assert_close(root.T @ root, inverse, 1e-10)
+        if option == 2:
+            with pytest.raises(NotImplementedError, match=r"no product in closed form.*`solve`"):
+                matrix @ z
+            with pytest.raises(NotImplementedError, match=r"no draws of power 0\.5"):
+                matrix.sample(0.5, generator=0)
+            continue
+        dense = np.linalg.inv(inverse)
+        assert_close(matrix @ z, dense, 1e-8)
+        assert_close(matrix.logdet(), np.linalg.slogdet(dense)[1], 1e-9)
+        assert_close(matrix.inv().logdet(), -np.linalg.slogdet(dense)[1], 1e-9)
+        assert_close(matrix.trace(), np.trace(dense), 1e-8)
+        assert_close(matrix.inv().diagonal(), np.diagonal(inverse), 1e-9)
+        with pytest.raises(NotImplementedError, match=r"no eigenvalues.*kron_indep"):
+            matrix.eigvalsh()
+        with pytest.raises(NotImplementedError, match=r"cannot be damped exactly.*kron_indep"):
+            block.matrix(0.1, "exact")
+
+
+def two_layers(xp, rng, **options):
+    layers = kfac_xp.LayerCollection(**options)
+    kernel = (xp.zeros((3, 2), dtype=xp.float64), xp.zeros((2,), dtype=xp.float64))
+    layers.register_fully_connected("fc", kernel)
+    layers.register_conv2d(
+        "conv",
+        xp.zeros((2, 1, 2, 3), dtype=xp.float64),
+        strides=(1, 1),
+        padding="SAME",
+        approx="diagonal",
+    )
+    estimator = kfac_xp.FisherEstimator(layers, 0.1)
+    statistics = {
+        "fc": (xp.asarray(rng.normal(size=(6, 3))), xp.asarray(rng.normal(size=(6, 2)))),
+        "conv": (
+            xp.asarray(rng.normal(size=(6, 3, 4, 2))),
+            xp.asarray(rng.normal(size=(6, 3, 4, 3))),
+        ),
+    }
+    estimator.update_cov(statistics)
+    estimator.update_inverses()
+    return estimator
+
+
+@pytest.mark.more
+def test_the_matrix_of_an_estimator(xp, rng):
+    estimator = two_layers(xp, rng)
+    dense = np.zeros((20, 20))
+    fc, conv = estimator.blocks
+    dense[:8, :8], dense[8:, 8:] = dense_block(fc, 0.1), dense_block(conv, 0.1)
+    matrix = estimator.matrix(0.1)
+    require_operations(matrix, dense, xp, rng)
+    vectors = {
+        "conv": xp.asarray(rng.normal(size=(2, 1, 2, 3))),
+        "fc": (xp.ones((3, 2), dtype=xp.float64), xp.ones((2,), dtype=xp.float32)),
+    }
+    flat = to_numpy(matrix.flatten(vectors))
+    assert_close(flat[:8], np.ones(8), 0.0)
+    expected, result = estimator.multiply_inverse(vectors), matrix.solve(vectors)
+    assert list(result) == ["fc", "conv"]
+    assert_close(result["conv"], to_numpy(expected["conv"]), 1e-10)
+    assert_close(result["fc"][0], to_numpy(expected["fc"][0]), 1e-10)
+    assert_close(result["fc"][1], to_numpy(expected["fc"][1]), 1e-6)
+    assert [a.dtype for a in result["fc"]] == [xp.float64, xp.float32]
+    with pytest.raises(ValueError, match=r"a dict over the layers \['fc', 'conv'\]; got \['fc'\]"):
+        matrix @ {"fc": vectors["fc"]}
+    with pytest.raises(ValueError, match=r"`x\['conv'\]` must be an array of shape"):
+        matrix @ {"fc": vectors["fc"], "conv": xp.zeros((2, 1))}
+
+
+class TestForms:
+    """Vectors in the shapes of parameters, flat, and batches of either."""
+
+    @pytest.fixture
+    def matrix(self, rng):
+        return blocks(np, rng)["kron"]().matrix(0.1)
+
+    def test_every_form_is_the_same_vector(self, matrix, rng):
+        x = rng.normal(size=(5, 8))
+        kernels, biases = x[:, :6].reshape(5, 3, 2), x[:, 6:]
+        dense = matrix.to_dense()
+        kernel, bias = matrix @ (kernels[0], biases[0])
+        assert_close(np.append(kernel, bias), dense @ x[0], 1e-13)
+        kernel, bias = (kernels[0], biases[0]) @ matrix
+        assert_close(np.append(kernel, bias), dense @ x[0], 1e-13)
+        kernel, bias = matrix.matmul((kernels, biases), batched=True)
+        assert kernel.shape == (5, 3, 2)
+        assert_close(np.concatenate([kernel.reshape(5, 6), bias], axis=1), x @ dense, 1e-13)
+        kernel, bias = matrix.solve((kernels, biases), batched=True)
+        assert_close(np.concatenate([kernel.reshape(5, 6), bias], axis=1) @ dense, x, 1e-11)
+        assert_close(matrix.flatten((kernels, biases), batched=True), x, 0.0)
+        assert_close(matrix.unflatten(x)[0], kernels, 0.0)
+        draws = matrix.sample(generator=7, num_samples=4)
+        assert [a.shape for a in draws] == [(4, 3, 2), (4, 2)]
+        again = matrix.sample(generator=np.random.default_rng(7))
+        assert_close(again[0], draws[0][0], 1e-12)
+
+    def test_a_kernel_may_look_like_a_batch(self, rng):
+        """Of one layer [n, 1] both readings are the same; others have different sizes."""
+        x, ds = rng.normal(size=(6, 4)), rng.normal(size=(6, 1))
+        block = kfac_xp.FullyConnectedKFACBasicFB(None)
+        block.register_additional_tower(x, ds)
+        block.instantiate_factors([[ds]], 0.1)
+        block.update_cov(inputs=x, outputs_grads=ds, ema_decay=0.9)
+        matrix = block.matrix(0.1)
+        v = rng.normal(size=(4, 1))
+        assert_close((matrix @ v)[:, 0], matrix @ v[:, 0], 1e-14)
+
+    def test_dtypes_are_those_of_the_vectors(self, matrix, rng):
+        x = rng.normal(size=8)
+        single = matrix @ x.astype(np.float32)
+        assert single.dtype == np.float32
+        assert_close(single, matrix @ x, 1e-6)
+        kernel, _ = matrix @ (np.ones((3, 2), np.float32), np.ones(2, np.float32))
+        assert kernel.dtype == np.float32
+
+    def test_shapes_of_a_scale_are_the_users(self, rng):
+        block = blocks(np, rng)["full"]()
+        matrix = block.matrix(0.1)
+        v = rng.normal(size=9)
+        scale, shift = matrix @ (v[:3].reshape(1, 3), v[3:].reshape(2, 3))
+        assert scale.shape == (1, 3)
+        assert_close(np.append(scale, shift), matrix @ v, 1e-13)
+
+    def test_what_is_no_vector(self, matrix):
+        for bad in (
+            np.ones(7),
+            np.ones((2, 8)),
+            (np.ones((3, 2)),),
+            (np.ones((2, 3)), np.ones(2)),
+            1.0,
+        ):
+            with pytest.raises(
+                ValueError, match=r"a tuple of arrays of shapes \[3, 2\], \[2\].*\[8, k\]"
+            ):
+                matrix @ bad
+        with pytest.raises(ValueError, match=r"or flat of shape \[8\] or \[k, 8\]"):
+            np.ones((8, 2)) @ matrix
+        with pytest.raises(ValueError, match=r"shapes \[k, 3, 2\], \[k, 2\]"):
+            matrix.matmul((np.ones((3, 2)), np.ones(2)), batched=True)
+        with pytest.raises(TypeError, match="`x` is `IndexedSlices`"):
+            matrix @ kfac_xp.IndexedSlices(np.ones((1, 2)), np.zeros(1, int), (3, 2))
+        with pytest.raises(ValueError, match=r"`flat` must have shape \[8\]"):
+            matrix.unflatten(np.ones(7))
+        for bad in (np.ones(2), "2", matrix):
+            with pytest.raises(TypeError):
+                bad * matrix
+
+    def test_scipy(self, matrix, rng):
+        pytest.importorskip("scipy", reason="SciPy is not installed")
+        x = rng.normal(size=(8, 2))
+        view = matrix.to_scipy()
+        assert_close(view @ x, matrix @ x, 1e-14)
+        assert_close(view.rmatvec(x[:, 0]), matrix @ x[:, 0], 1e-14)
+        assert view.dtype == np.float64
+        assert_close(np.asarray(matrix), matrix.to_dense(), 0.0)
+
+    def test_scipy_absent(self, matrix, monkeypatch):
+        monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+        with pytest.raises(ImportError, match=r"needs SciPy, .*kfac-xp\[scipy\]"):
+            matrix.to_scipy()
+
+
+class TestIndefinite:
+    def test_the_smallest_eigenvalue_is_named(self, rng):
+        estimator = two_layers(np, np.random.default_rng(0))
+        x = np.ones((4, 3))  # of rank 1
+        estimator.update_cov(
+            {"fc": (x, x[:, :2]), "conv": (np.ones((4, 3, 4, 2)), np.ones((4, 3, 4, 3)))},
+            ema_decay=0.0,
+        )
+        matrix = estimator.matrix()
+        for operation in (matrix.logdet, matrix.inv, lambda: matrix.sample(generator=0)):
+            with pytest.raises(
+                np.linalg.LinAlgError,
+                match=r"positive definite .*eigenvalue of .*'fc' is 0\. Use a pos",
+            ):
+                operation()
+        assert_close(matrix.matpower(0.5).matpower(2).to_dense(), matrix.to_dense(), 1e-7)
+        lowered = estimator.blocks[0].matrix().plus_identity(-0.25)
+        with pytest.raises(np.linalg.LinAlgError, match=r"semidefinite .*of the matrix is -0\.25"):
+            lowered.matpower(0.5)
+        assert float(lowered.matpower(2).eigvalsh()[0]) > 0
+
+    def test_a_matrix_of_rounding_is_singular(self, rng):
+        x = rng.normal(size=(3, 8)).astype(np.float32)
+        space = LayerSpace([(8,)])
+        matrix = kfac_xp.CurvatureMatrix(kfac_xp.FullMatrix(x.T @ x), space)
+        assert np.sum(matrix.eigvalsh() == 0) == 5
+        with pytest.raises(np.linalg.LinAlgError, match="smallest eigenvalue of the matrix is 0"):
+            matrix.inv()
+        assert matrix.plus_identity(1e-3).solve(x[0]).dtype == np.float32
+
+    def test_arguments(self, rng):
+        block = blocks(np, rng)["kron"]()
+        with pytest.raises(ValueError, match=r"`split` must be one of \('pi', 'exact'\)"):
+            block.matrix(0.1, "both")
+        with pytest.raises(ValueError, match="`damping` must be finite and not negative"):
+            block.matrix(-0.1)
+        with pytest.raises(ValueError, match="`ord` must be 'fro'"):
+            block.matrix().norm(2)
+        with pytest.raises(ValueError, match="`num_probes` must be a positive int"):
+            block.matrix().estimate_trace(0, 1)
+        with pytest.raises(RuntimeError, match="has no factors yet"):
+            kfac_xp.FullyConnectedKFACBasicFB(None).matrix()
+
+
+@pytest.mark.more
+def test_decompositions_in_float64(xp, rng):
+    """Of statistics in float32, where asked for."""
+    made = blocks(xp, rng)["kron"](dtype=xp.float32, decomposition_dtype=xp.float64)
+    matrix = made.matrix(0.1, "exact")
+    assert matrix.dtype == xp.float64
+    dense = dense_block(made, 0.1, "exact")
+    assert_close(matrix.logdet(), np.linalg.slogdet(dense)[1], 1e-13)
+    assert blocks(xp, rng)["kron"](dtype=xp.float32).matrix().dtype == xp.float32
+
+
+def test_exact_products_share_the_interface(rng):
+    params = {
+        "one": (rng.normal(size=(3, 4)), rng.normal(size=4)),
+        "two": (rng.normal(size=(4, 2)), rng.normal(size=2)),
+    }
+    layers = kfac_xp.LayerCollection()
+    for name, layer in params.items():
+        layers.register_fully_connected(name, layer)
+    layers.register_normal_predictive_distribution("out")
+    net, targets = TanhNet(params, rng.normal(size=(5, 3))), rng.normal(size=(5, 2))
+    computer = kfac_xp.CurvatureMatrixVectorProductComputer(layers, net, targets)
+    for which in ("fisher", "ggn", "hessian"):
+        matrix = computer.matrix(which, 0.25, like=params)
+        multiply = getattr(computer, f"multiply_{which}")
+        eye = np.eye(26)
+        columns = [multiply(kfac_xp.flat_to_vectors(params, e)) for e in eye]
+        dense = np.stack([kfac_xp.vectors_to_flat(c) for c in columns]) + 0.25 * eye
+        x = rng.normal(size=(26, 2))
+        assert_close(matrix @ x, dense @ x, 1e-12)
+        assert_close(matrix @ x[:, 0], dense @ x[:, 0], 1e-12)
+        assert_close(x.T @ matrix, x.T @ dense, 1e-12)
+        assert_close(matrix.flatten(matrix @ params), dense @ matrix.flatten(params), 1e-12)
+        assert_close(matrix.to_dense(), dense, 1e-12)
+        assert_close(matrix.to_scipy() @ x, dense @ x, 1e-12)
+        assert_close((matrix / 5) @ x, dense @ x / 5, 1e-12)
+    estimates = matrix.estimate_trace(2000, 0)
+    assert_close(estimates, np.trace(dense), 0.1)
+    for operation in (
+        matrix.trace,
+        matrix.diagonal,
+        matrix.logdet,
+        matrix.inv,
+        matrix.eigvalsh,
+        matrix.norm,
+        lambda: matrix.sample(0.5, generator=0),
+        lambda: matrix.solve(x),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"the exact hessian is known by its products .*`to_scipy"
+        ):
+            operation()
+    with pytest.raises(ValueError, match="`which` must be one of"):
+        computer.matrix("jacobian", like=params)
+    with pytest.raises(ValueError, match=r"exactly .*missing: \['two'\]"):
+        computer.matrix(like={"one": params["one"]})
+
+
+# ---------------------------------------------------------------------------------------------
+# Algebra
+
+
+def covariance(rng, n):
+    x = rng.normal(size=(2 * n, n))
+    return x.T @ x / (2 * n) + 0.05 * np.eye(n)
+
+
+def structures(rng, sizes):
+    """One operator of each structure, positive definite."""
+    a, g = sizes
+    full, other = (kfac_xp.FullMatrix(covariance(rng, n)) for n in sizes)
+    diag = kfac_xp.Diag(rng.uniform(0.1, 2, size=g))
+    kron = kfac_xp.KroneckerProduct(full, diag, 1.5)
+    taps = UncorrelatedTaps(covariance(rng, a), rng.normal(size=a), g, np.asarray(0.3))
+    return {
+        "full": full,
+        "diag": diag,
+        "kron": kron,
+        "exact": kfac_xp.KroneckerProduct(full, other).plus_identity(0.2),
+        "taps": taps,
+        "taps with g": kfac_xp.KroneckerProduct(taps, other).plus_identity(0.2),
+        "blocks": kfac_xp.BlockDiagonal({"a": kron, "b": other, "c": taps}),
+    }
+
+
+@pytest.mark.parametrize("name", ["full", "diag", "kron", "exact", "taps", "taps with g", "blocks"])
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    exps=st.tuples(*[st.floats(-1.5, 1.5)] * 2),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=12, deadline=None)
+def test_algebra(name, sizes, exps, seed):
+    rng = np.random.default_rng(seed)
+    operator = structures(rng, sizes)[name]
+    n = operator.domain_dimension
+    matrix = kfac_xp.CurvatureMatrix(operator, LayerSpace([(n,)]))
+    v = rng.normal(size=n)
+    p, q = exps
+    together = matrix.matpower(p) @ (matrix.matpower(q) @ v)
+    assert_close(together, matrix.matpower(p + q) @ v, 1e-8)
+    assert_close(matrix.matpower(p).matpower(q) @ v, matrix.matpower(p * q) @ v, 1e-8)
+    assert_close(matrix @ matrix.solve(v), v, 1e-8)
+    assert_close(matrix.solve(matrix @ v), v, 1e-8)
+    assert_close(matrix.inv().logdet() + matrix.logdet() + 1, 1.0, 1e-9)
+    assert_close(matrix.matpower(p).logdet() + 1, p * matrix.logdet() + 1, 1e-8)
+    values = matrix.eigvalsh()
+    assert np.all(np.diff(values) >= 0)
+    assert_close(np.sum(values), matrix.trace(), 1e-10)
+    assert_close(np.sum(matrix.diagonal()), matrix.trace(), 1e-10)
+    assert_close(np.sum(values**2), matrix.norm() ** 2, 1e-9)
+    assert_close(matrix.plus_identity(0.5).eigvalsh(), values + 0.5, 1e-9)
+    assert_close(matrix.to_dense() @ v, matrix @ v, 1e-10)
+    draw = matrix.sample(p, generator=Fixed(v))
+    assert_close(draw, matrix.matpower(p) @ v, 1e-10)
+    # Covariance by closed form: all unit vectors at once.
+    root = matrix.sample(p, generator=Fixed(np.eye(n)), num_samples=n)
+    assert_close(root.T @ root, matrix.matpower(2 * p).to_dense(), 1e-8)
+
+
+def test_any_diagonal_in_a_kronecker_basis(rng):
+    """As EKFAC has it: the values are anything."""
+    u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (3, 2))
+    values = rng.uniform(0.1, 1, size=(3, 2))
+    operator = kfac_xp.KroneckerEigen(kfac_xp.FullMatrix(u), kfac_xp.FullMatrix(v), values)
+    basis = np.kron(u, v)
+    dense = (basis * values.ravel()) @ basis.T
+    matrix = kfac_xp.CurvatureMatrix(operator, LayerSpace([(3, 2)]))
+    require_operations(matrix, dense, np, rng)
+    mat = rng.normal(size=(3, 2))
+    assert_close(operator.apply(mat).ravel(), dense @ mat.ravel(), 1e-13)
