@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.operators.base import without_rounding
 from kfac_xp.representations.requests import Request
 from kfac_xp.representations.solvers import Task
 from kfac_xp.typing import Array, Scalar
@@ -137,9 +138,9 @@ class Eigen:
         return checks + xp.stack([residual, xp.zeros_like(residual)])
 
     def checks_of_inverses(self, array: Array, damping: Scalar) -> Array:
-        """As `checks`, and not finite if a damped eigenvalue has no inverse."""
-        xp, smallest = array_namespace(array), array_namespace(array).min(self.values + damping)
-        checks = self.checks(array, damping)
+        """As `checks`, and not finite if a damped eigenvalue is zero, up to rounding."""
+        xp, checks = array_namespace(array), self.checks(array, damping)
+        smallest = xp.min(without_rounding(self.values) + damping)
         return xp.where(smallest > 0, checks, xp.full_like(checks, xp.nan))
 
 
