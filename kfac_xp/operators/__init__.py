@@ -1,6 +1,6 @@
 """Symmetric curvature matrices in the form in which they are stored, with a common interface."""
 
-from kfac_xp.operators.base import LinearOperator, Spectrum
+from kfac_xp.operators.base import LinearOperator, Spectrum, without_rounding
 from kfac_xp.operators.block_diagonal import BlockDiagonal
 from kfac_xp.operators.congruence import Congruence, InverseOf, MinusProduct
 from kfac_xp.operators.diagonalized import Diagonalized
@@ -38,4 +38,5 @@ __all__ = [
     "VectorSpace",
     "scipy_operator",
     "spectrum_of_taps",
+    "without_rounding",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfac_xp.backend import array_namespace, device_of
-from kfac_xp.operators.base import without_rounding
+from kfac_xp.operators import without_rounding
 from kfac_xp.representations.requests import Request
 from kfac_xp.representations.solvers import Task
 from kfac_xp.typing import Array, Scalar

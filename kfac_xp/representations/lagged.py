@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace
-from kfac_xp.operators.base import without_rounding
+from kfac_xp.operators import without_rounding
 from kfac_xp.precision import exact_products
 from kfac_xp.representations.attempts import Eigen, Prepared
 from kfac_xp.representations.dense import Dense
