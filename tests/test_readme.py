@@ -1,7 +1,9 @@
-"""What the README shows runs, and what it links to is there."""
+"""What the README and the pages in `docs` show runs, and what they link to is there."""
 
 import re
 from pathlib import Path
+
+import numpy as np
 
 import kfac_xp
 from kfac_xp.params import as_arrays
@@ -10,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def block(name):
-    (text,) = re.findall(rf"<!-- {name} -->\n```\w+\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+def block(name, page=README):
+    (text,) = re.findall(rf"<!-- {name} -->\n```\w+\n(.*?)```\n<!-- end -->", page, re.DOTALL)
     return text
 
 
@@ -25,11 +27,42 @@ def test_the_first_example_runs():
         assert all(abs(a - b).max() < 1e-8 for a, b in pairs)
 
 
+def test_a_laplace_approximation_and_influences():
+    """Of linear regression, where one is exact and the other can be computed again."""
+    page = (ROOT / "docs" / "matrices.md").read_text()
+    names = {}
+    exec(block("laplace", page), names)
+    exec(block("influence", page), names)
+    x, y, sigma, delta = (names[k] for k in ("x", "y", "sigma", "delta"))
+    covariance = sigma**2 * np.eye(60) + x @ x.T / delta
+    evidence = -0.5 * (
+        y[:, 0] @ np.linalg.solve(covariance, y[:, 0])
+        + np.linalg.slogdet(covariance)[1]
+        + 60 * np.log(2 * np.pi)
+    )
+    assert abs(names["log_marginal_likelihood"] - evidence) < 1e-9
+    precision = x.T @ x / sigma**2 + delta * np.eye(4)
+    exact = np.sum(names["new_x"] @ np.linalg.inv(precision) * names["new_x"], axis=1) + sigma**2
+    assert np.allclose(names["predictive_variance"], exact, rtol=0.02)
+
+    def test_loss_without(i):
+        kept = np.arange(60) != i
+        curvature = x[kept].T @ x[kept] / sigma**2 + delta * np.eye(4)
+        mode = np.linalg.solve(curvature, x[kept].T @ y[kept] / sigma**2)
+        return 0.5 * (names["test_x"] @ mode[:, 0] - names["test_y"]) ** 2 / sigma**2
+
+    changes = np.asarray([test_loss_without(i) - test_loss_without(-1) for i in range(60)])
+    influence = names["influence"]
+    assert np.corrcoef(influence, changes)[0, 1] > 0.99
+    assert abs(np.dot(influence, changes) / np.dot(changes, changes) - 1) < 0.2
+
+
 def test_commands_and_links():
     assert "pytest" in block("test")
     assert "examples/digits_convnet.py" in block("example")
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
+            assert (page.parent / target.partition("#")[0]).exists(), (page.name, target)
 
 
 def test_documented_names_exist():
