@@ -26,6 +26,7 @@ def test_pi(xp, rng):
         compute_pi_adjusted_damping(A, G, 0.1, "spectral")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("pi_type", "a_size", "g_size"),
     [
@@ -57,7 +58,14 @@ def test_pi_of_uncorrelated_taps(rng, pi_type, corner):
     assert_close(compute_pi(A, G, pi_type), compute_pi(full, G, pi_type), 1e-12)
 
 
-@pytest.mark.parametrize("pi_type", ["tracenorm", "frobenius", "largest_eigenvalue"])
+@pytest.mark.parametrize(
+    "pi_type",
+    [
+        "tracenorm",
+        pytest.param("frobenius", marks=pytest.mark.more),
+        pytest.param("largest_eigenvalue", marks=pytest.mark.more),
+    ],
+)
 def test_pi_of_extreme_scales_stays_in_float32(xp, pi_type):
     A, G = (FullMatrix(scale * xp.eye(3, dtype=xp.float32)) for scale in (1e20, 1e-20))
     pi = compute_pi(A, G, pi_type)

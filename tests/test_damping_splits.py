@@ -9,7 +9,6 @@ from tests.curvature import blocks, covariance_of, dense_block, depthwise_entrie
 from tests.models import TanhNet
 
 KRONECKER = ["kron", "kron_in_diag", "kron_both_diag", "conv", "conv_sua", "multi"]
-KINDS = [pytest.param(k, marks=[pytest.mark.more] if k != "kron" else []) for k in KRONECKER]
 
 
 def power_of(dense, exp):
@@ -27,7 +26,8 @@ def flat_of(block, product):
     return block.matrix().flatten(product)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.more
+@pytest.mark.parametrize("kind", KRONECKER)
 def test_exact_split_in_blocks(xp, rng, kind):
     block = blocks(xp, rng)[kind](damping_split="exact")
     for exp in (-1, 0.25):

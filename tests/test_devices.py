@@ -121,6 +121,19 @@ class TestTrainingSteps:
         assert len(watch.reads) == 3
         require_place(estimator, place)
 
+    def test_exact_and_relative_damping(self, far):
+        place, watch = far
+        layers, params = public_names.tanh_layers(
+            place, damping_split="exact", relative_damping=True
+        )
+        estimator = kfac_xp.FisherEstimator(layers, 0.5, estimation_mode="exact")
+        for _ in range(2):
+            estimator.update_cov(*public_names.tanh_batch(place, params))
+            estimator.update_inverses()
+            products = estimator.multiply_inverse(params), estimator.multiply(params)
+            require_place(products, place)
+        assert len(watch.reads) == 2
+
 
 def test_a_watch_sees_every_way_to_the_host(far):
     place, _ = far

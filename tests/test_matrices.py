@@ -13,8 +13,6 @@ from tests.cases import assert_close, to_numpy
 from tests.curvature import SPECTRAL, blocks, dense_block
 from tests.models import TanhNet
 
-KINDS = [pytest.param(k, marks=[pytest.mark.more] if k != "kron" else []) for k in SPECTRAL]
-
 
 class Fixed:
     """A generator of draws that are known."""
@@ -69,8 +67,21 @@ def require_operations(matrix, dense, xp, rng, rtol=1e-9):
     assert_close(one, power_of(dense, 0.5) @ x[:, 0], rtol, "one sample of another power")
 
 
+def test_operations_in_every_library(xp, rng):
+    """A few of those below, which would compile for long on JAX."""
+    block = blocks(xp, rng)["kron"]()
+    matrix, dense = block.matrix(0.1, "exact"), dense_block(block, 0.1, "exact")
+    x = rng.normal(size=8)
+    assert_close(matrix @ xp.asarray(x), dense @ x, 1e-10)
+    assert_close(matrix.solve(xp.asarray(x)), np.linalg.solve(dense, x), 1e-9)
+    assert_close(matrix.logdet(), np.linalg.slogdet(dense)[1], 1e-9)
+    draw = matrix.flatten(matrix.sample(generator=Fixed(xp.asarray(x))))
+    assert_close(draw, power_of(dense, -0.5) @ x, 1e-9)
+
+
+@pytest.mark.more
 @pytest.mark.parametrize("split", ["pi", "exact"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPECTRAL)
 def test_operations_are_those_of_the_dense_matrix(xp, rng, kind, split):
     block = blocks(xp, rng)[kind]()
     assert_close(block.matrix().to_dense(), dense_block(block), 1e-12)
@@ -79,7 +90,8 @@ def test_operations_are_those_of_the_dense_matrix(xp, rng, kind, split):
     assert matrix.dtype == xp.float64
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.more
+@pytest.mark.parametrize("kind", SPECTRAL)
 def test_pi_is_what_the_block_multiplies_by(xp, rng, kind):
     block = blocks(xp, rng)[kind]()
     for exp in (-1, 0.5):
@@ -262,6 +274,20 @@ class TestForms:
         for bad in (np.ones(2), "2", matrix):
             with pytest.raises(TypeError):
                 bad * matrix
+
+    def test_other_libraries_and_devices(self, matrix):
+        strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+        with pytest.raises(TypeError, match="must all belong to one array library"):
+            matrix @ strict.ones(8)
+        with pytest.raises(TypeError, match="must all belong to one array library"):
+            matrix @ (strict.ones((3, 2)), strict.ones(2))
+        there = kfac_xp.CurvatureMatrix(
+            kfac_xp.Diag(strict.ones(8, device=strict.Device("device1"))), matrix.space
+        )
+        with pytest.raises(
+            ValueError, match=r"`matrix` on .*device1.*`vector\[0\]` on .*CPU_DEVICE"
+        ):
+            there @ strict.ones(8)
 
     def test_scipy(self, matrix, rng):
         pytest.importorskip("scipy", reason="SciPy is not installed")

@@ -28,7 +28,8 @@ class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
 
     with J taps. Rows and columns are in the order of the kernel's rows, taps first. The covariance
     is centred batch by batch; `cov` and `mu` are averaged alike. It serves powers 1 and -1, the
-    inverse by the Sherman-Morrison formula, and no Cholesky factors.
+    inverse by the Sherman-Morrison formula, eigenvectors (`register_damped_eigen`), and no
+    Cholesky factors.
 
     Parameters
     ----------

@@ -34,7 +34,7 @@ class BlockDiagonal(LinearOperator):
     def like(self) -> Array:
         """An array of the library, device and dtype of the operator."""
         first = next(iter(self.blocks.values())).like
-        return cast(array_namespace(first).zeros_like(first), self.dtype)
+        return cast(first, self.dtype)
 
     @property
     def dtype(self) -> Any:

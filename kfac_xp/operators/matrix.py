@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kfac_xp import state
-from kfac_xp.backend import array_namespace, as_scalar_like, cast
+from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
 from kfac_xp.operators.base import LinearOperator
 from kfac_xp.operators.scipy_views import scipy_operator
 from kfac_xp.operators.spaces import VectorSpace
@@ -83,11 +84,15 @@ class CurvatureMatrix:
         Raises
         ------
         ValueError
-            If the shapes are neither those of the parameters nor flat.
+            If the shapes are neither those of the parameters nor flat, or on another device.
+        TypeError
+            If arrays belong to another library than the matrix.
         """
         if not batched and self._is_flat(x, axis=0):
+            self._require_place([x])
             return cast(self.operator.matmul(cast(x, self.dtype)), x.dtype)
         self._require(x, batched, "[n] or [n, k]")
+        self._require_place(self.space.arrays(x))
         flat = self.space.flattened(x, batched, self.dtype)
         return self.space.shaped(self.operator.matmul_right(flat), like=x)
 
@@ -96,6 +101,7 @@ class CurvatureMatrix:
 
     def __rmatmul__(self, x: Any) -> Any:
         if self._is_flat(x, axis=-1):
+            self._require_place([x])
             return cast(self.operator.matmul_right(cast(x, self.dtype)), x.dtype)
         self._require(x, False, "[n] or [k, n]")
         return self.matmul(x)
@@ -283,6 +289,11 @@ class CurvatureMatrix:
             shape = getattr(x, "shape", None)
             found = type(x).__name__ if shape is None else f"shape {tuple(shape)}"
             raise ValueError(f"the vector must be {form}; got {found}.")
+
+    def _require_place(self, arrays: Sequence[Array]) -> None:
+        """Raise a TypeError for arrays of another library, a ValueError for another device."""
+        named = {f"vector[{i}]": a for i, a in enumerate(arrays)}
+        require_one_place(matrix=self.operator.like, **named)
 
     def _require_power(self, exp: float) -> None:
         """Raise a LinAlgError if the matrix does not have this power."""

@@ -46,8 +46,9 @@ def scipy_operator(
             "`pip install kfac-xp[scipy]`."
         ) from error
 
+    xp, place = array_namespace(like), {"dtype": like.dtype, "device": device_of(like)}
+
     def on_host(function: Callable[[Array], Array]) -> Callable[[Any], Any]:
-        xp, place = array_namespace(like), {"dtype": like.dtype, "device": device_of(like)}
         return lambda x: to_numpy(function(xp.asarray(x, **place)))
 
     product, transposed = on_host(matmul), on_host(rmatmul)
@@ -57,5 +58,5 @@ def scipy_operator(
         rmatvec=lambda x: transposed(x.reshape(-1)),
         matmat=product if takes_columns else None,
         rmatmat=transposed if takes_columns else None,
-        dtype=to_numpy(like).dtype,
+        dtype=to_numpy(xp.zeros((0,), **place)).dtype,
     )

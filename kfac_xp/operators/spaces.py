@@ -36,6 +36,10 @@ class VectorSpace(abc.ABC):
         """Inverse of `flattened`: with the form and dtypes of the vector `like`, if given."""
 
     @abc.abstractmethod
+    def arrays(self, x: Any) -> list[Array]:
+        """The arrays of a vector."""
+
+    @abc.abstractmethod
     def describe(self, batched: bool) -> str:
         """The form, in words."""
 
@@ -107,6 +111,10 @@ class LayerSpace(VectorSpace):
             start = end
         return tuple(pieces) if self.is_tuple else pieces[0]
 
+    def arrays(self, x: Any) -> list[Array]:
+        """The arrays of a vector."""
+        return list(as_arrays(x))
+
     def describe(self, batched: bool) -> str:
         """The form, in words."""
         lead = ("k",) if batched else ()
@@ -159,6 +167,10 @@ class ModelSpace(VectorSpace):
             pieces[name] = space.shaped(flat[..., start:end], None if like is None else like[name])
             start = end
         return pieces
+
+    def arrays(self, x: Any) -> list[Array]:
+        """The arrays of a vector."""
+        return [a for name, space in self.layers.items() for a in space.arrays(x[name])]
 
     def describe(self, batched: bool) -> str:
         """The form, in words."""

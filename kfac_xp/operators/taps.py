@@ -220,7 +220,7 @@ def spectrum_of_taps(
     """Spectrum of an `UncorrelatedTaps` from the eigenvalues and eigenvectors of its two blocks."""
     (values, vectors), (first_values, first_vectors) = rest, first
     xp, c = array_namespace(values), vectors.shape[0]
-    others = xp.tile(values, (num_taps - 1,))
+    others = xp.reshape(xp.broadcast_to(values[None, :], (num_taps - 1, c)), (-1,))
     merged = xp.concat([first_values[:c], others, first_values[c:]])
     mix = tap_reflection(num_taps, like=vectors)
     return Spectrum(TapBasis(mix, first_vectors, vectors), without_rounding(merged))
