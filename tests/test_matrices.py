@@ -240,6 +240,9 @@ class TestForms:
         single = matrix @ x.astype(np.float32)
         assert single.dtype == np.float32
         assert_close(single, matrix @ x, 1e-6)
+        assert_close(matrix @ np.arange(8), matrix @ np.arange(8.0), 0.0)
+        kernel, _ = matrix @ (np.ones((3, 2), int), np.ones(2, int))
+        assert_close(kernel, (matrix @ np.ones(8))[:6].reshape(3, 2), 1e-14)
         kernel, _ = matrix @ (np.ones((3, 2), np.float32), np.ones(2, np.float32))
         assert kernel.dtype == np.float32
 

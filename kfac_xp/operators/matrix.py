@@ -11,7 +11,7 @@ from kfac_xp import state
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
 from kfac_xp.operators.base import LinearOperator
 from kfac_xp.operators.scipy_views import scipy_operator
-from kfac_xp.operators.spaces import VectorSpace
+from kfac_xp.operators.spaces import VectorSpace, cast_back
 from kfac_xp.params import IndexedSlices
 from kfac_xp.randomness import Generator, generate_random_signs, normal
 from kfac_xp.typing import Array, Scalar
@@ -29,7 +29,7 @@ class CurvatureMatrix:
     Batches of vectors in the shapes of the parameters have a leading axis in each array and are
     announced: ``M.matmul(vectors, batched=True)``. Flat vectors hold the layers in order of
     registration, each array raveled row-major, as `vectors_to_flat` does. Results have the form
-    and the dtype of the vector.
+    and the dtype of the vector (of integers, the matrix's).
 
     Whatever needs eigenvalues (`solve`, `inv`, `matpower`, `logdet`, `eigvalsh`, `sample`) takes
     them from the smallest matrices that have them, the two factors of a Kronecker product, for
@@ -90,7 +90,7 @@ class CurvatureMatrix:
         """
         if not batched and self._is_flat(x, axis=0):
             self._require_place([x])
-            return cast(self.operator.matmul(cast(x, self.dtype)), x.dtype)
+            return cast_back(self.operator.matmul(cast(x, self.dtype)), x)
         self._require(x, batched, "[n] or [n, k]")
         self._require_place(self.space.arrays(x))
         flat = self.space.flattened(x, batched, self.dtype)
@@ -102,7 +102,7 @@ class CurvatureMatrix:
     def __rmatmul__(self, x: Any) -> Any:
         if self._is_flat(x, axis=-1):
             self._require_place([x])
-            return cast(self.operator.matmul_right(cast(x, self.dtype)), x.dtype)
+            return cast_back(self.operator.matmul_right(cast(x, self.dtype)), x)
         self._require(x, False, "[n] or [k, n]")
         return self.matmul(x)
 

@@ -107,7 +107,7 @@ class LayerSpace(VectorSpace):
             if template is None:
                 pieces.append(xp.reshape(piece, (*lead, *own)))
             else:
-                pieces.append(cast(xp.reshape(piece, tuple(template.shape)), template.dtype))
+                pieces.append(cast_back(xp.reshape(piece, tuple(template.shape)), template))
             start = end
         return tuple(pieces) if self.is_tuple else pieces[0]
 
@@ -176,3 +176,9 @@ class ModelSpace(VectorSpace):
         """The form, in words."""
         lead = ", each array with a leading axis" if batched else ""
         return f"a dict over the layers {list(self.layers)}{lead}"
+
+
+def cast_back(result: Array, x: Array) -> Array:
+    """`result` in the dtype of `x`; as it is, if that is no dtype of floats."""
+    is_float = array_namespace(x).isdtype(x.dtype, "real floating")
+    return cast(result, x.dtype) if is_float else result
