@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 import kfac_xp
-from tests.cases import to_numpy
+from tests.cases import assert_close, to_numpy
 
 
 def covariance_of(factor):
@@ -150,3 +150,56 @@ SPECTRAL = [
     "multi",
 ]
 """Kinds of blocks whose matrices have eigenvalues."""
+
+
+class Fixed:
+    """A generator of draws that are known."""
+
+    def __init__(self, draws):
+        self.draws = draws
+
+    def normal(self, shape):
+        assert tuple(shape) == tuple(self.draws.shape)
+        return self.draws
+
+    uniform = normal
+
+
+def power_of(dense, exp):
+    w, v = np.linalg.eigh(dense)
+    return (v * w**exp) @ v.T
+
+
+def require_operations(matrix, dense, xp, rng, rtol=1e-9):
+    """Every operation of a positive definite matrix, on flat vectors."""
+    n = len(dense)
+    w = np.linalg.eigvalsh(dense)
+    assert matrix.shape == (n, n)
+    assert matrix.T is matrix
+    x = rng.normal(size=(n, 3))
+    flat, wide = xp.asarray(x), xp.asarray(x.T.copy())
+    assert_close(matrix.to_dense(), dense, rtol, "to_dense")
+    assert_close(matrix @ flat, dense @ x, rtol, "@")
+    assert_close(matrix @ flat[:, 0], dense @ x[:, 0], rtol, "@ of one vector")
+    if xp.__name__ != "array_api_strict":  # it refuses operands that are not its own
+        assert_close(wide @ matrix, x.T @ dense, rtol, "from the left")
+        assert_close(wide[0, :] @ matrix, x[:, 0] @ dense, rtol, "one from the left")
+    assert_close(matrix.solve(flat), np.linalg.solve(dense, x), rtol, "solve")
+    for exp in (-1, -0.5, 0.5, 2, 0):
+        assert_close(matrix.matpower(exp) @ flat, power_of(dense, exp) @ x, rtol, f"power {exp}")
+    assert_close(matrix.inv().to_dense(), np.linalg.inv(dense), rtol, "inv")
+    assert_close(matrix.trace(), np.trace(dense), rtol, "trace")
+    assert_close(matrix.diagonal(), np.diagonal(dense), rtol, "diagonal")
+    assert_close(matrix.inv().diagonal(), np.diagonal(np.linalg.inv(dense)), rtol, "of the inverse")
+    assert_close(matrix.logdet(), np.linalg.slogdet(dense)[1], rtol, "logdet")
+    assert_close(matrix.norm("fro"), np.linalg.norm(dense), rtol, "norm")
+    assert_close(matrix.eigvalsh(), w, rtol, "eigvalsh")
+    moved = (3 * matrix / 2).plus_identity(0.7)
+    there = 1.5 * dense + 0.7 * np.eye(n)
+    assert_close(moved @ flat, there @ x, rtol, "a multiple plus the identity")
+    assert_close(moved.inv().diagonal(), np.diagonal(np.linalg.inv(there)), rtol, "its inverse")
+    draws = matrix.sample(generator=Fixed(wide), num_samples=3)
+    drawn = matrix.flatten(draws, batched=True)
+    assert_close(drawn, x.T @ power_of(dense, -0.5), rtol, "sample")
+    one = matrix.flatten(matrix.sample(0.5, generator=Fixed(flat[:, 0])))
+    assert_close(one, power_of(dense, 0.5) @ x[:, 0], rtol, "one sample of another power")

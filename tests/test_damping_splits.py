@@ -5,25 +5,23 @@ import pytest
 
 import kfac_xp
 from tests.cases import assert_close, to_numpy
-from tests.curvature import blocks, covariance_of, dense_block, depthwise_entries, filled
+from tests.curvature import (
+    blocks,
+    covariance_of,
+    dense_block,
+    depthwise_entries,
+    filled,
+    power_of,
+)
 from tests.models import TanhNet
 
 KRONECKER = ["kron", "kron_in_diag", "kron_both_diag", "conv", "conv_sua", "multi"]
-
-
-def power_of(dense, exp):
-    w, v = np.linalg.eigh(dense)
-    return (v * w**exp) @ v.T
 
 
 def vector_for(block, xp, rng):
     space = block.matrix().space
     flat = rng.normal(size=space.size)
     return flat, space.shaped(xp.asarray(flat)), lambda v: space.flattened(v, False)
-
-
-def flat_of(block, product):
-    return block.matrix().flatten(product)
 
 
 @pytest.mark.more

@@ -4,67 +4,19 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kfac_xp
-from kfac_xp.operators import LayerSpace, UncorrelatedTaps
+from kfac_xp.operators import LayerSpace
 from tests.cases import assert_close, to_numpy
-from tests.curvature import SPECTRAL, blocks, dense_block
+from tests.curvature import (
+    SPECTRAL,
+    Fixed,
+    blocks,
+    dense_block,
+    power_of,
+    require_operations,
+)
 from tests.models import TanhNet
-
-
-class Fixed:
-    """A generator of draws that are known."""
-
-    def __init__(self, draws):
-        self.draws = draws
-
-    def normal(self, shape):
-        assert tuple(shape) == tuple(self.draws.shape)
-        return self.draws
-
-    uniform = normal
-
-
-def power_of(dense, exp):
-    w, v = np.linalg.eigh(dense)
-    return (v * w**exp) @ v.T
-
-
-def require_operations(matrix, dense, xp, rng, rtol=1e-9):
-    """Every operation of a positive definite matrix, on flat vectors."""
-    n = len(dense)
-    w = np.linalg.eigvalsh(dense)
-    assert matrix.shape == (n, n)
-    assert matrix.T is matrix
-    x = rng.normal(size=(n, 3))
-    flat, wide = xp.asarray(x), xp.asarray(x.T.copy())
-    assert_close(matrix.to_dense(), dense, rtol, "to_dense")
-    assert_close(matrix @ flat, dense @ x, rtol, "@")
-    assert_close(matrix @ flat[:, 0], dense @ x[:, 0], rtol, "@ of one vector")
-    if xp.__name__ != "array_api_strict":  # it refuses operands that are not its own
-        assert_close(wide @ matrix, x.T @ dense, rtol, "from the left")
-        assert_close(wide[0, :] @ matrix, x[:, 0] @ dense, rtol, "one from the left")
-    assert_close(matrix.solve(flat), np.linalg.solve(dense, x), rtol, "solve")
-    for exp in (-1, -0.5, 0.5, 2, 0):
-        assert_close(matrix.matpower(exp) @ flat, power_of(dense, exp) @ x, rtol, f"power {exp}")
-    assert_close(matrix.inv().to_dense(), np.linalg.inv(dense), rtol, "inv")
-    assert_close(matrix.trace(), np.trace(dense), rtol, "trace")
-    assert_close(matrix.diagonal(), np.diagonal(dense), rtol, "diagonal")
-    assert_close(matrix.inv().diagonal(), np.diagonal(np.linalg.inv(dense)), rtol, "of the inverse")
-    assert_close(matrix.logdet(), np.linalg.slogdet(dense)[1], rtol, "logdet")
-    assert_close(matrix.norm("fro"), np.linalg.norm(dense), rtol, "norm")
-    assert_close(matrix.eigvalsh(), w, rtol, "eigvalsh")
-    moved = (3 * matrix / 2).plus_identity(0.7)
-    there = 1.5 * dense + 0.7 * np.eye(n)
-    assert_close(moved @ flat, there @ x, rtol, "a multiple plus the identity")
-    assert_close(moved.inv().diagonal(), np.diagonal(np.linalg.inv(there)), rtol, "its inverse")
-    draws = matrix.sample(generator=Fixed(wide), num_samples=3)
-    drawn = matrix.flatten(draws, batched=True)
-    assert_close(drawn, x.T @ power_of(dense, -0.5), rtol, "sample")
-    one = matrix.flatten(matrix.sample(0.5, generator=Fixed(flat[:, 0])))
-    assert_close(one, power_of(dense, 0.5) @ x[:, 0], rtol, "one sample of another power")
 
 
 def test_operations_in_every_library(xp, rng):
@@ -407,78 +359,3 @@ def test_exact_products_share_the_interface(rng):
         computer.matrix("jacobian", like=params)
     with pytest.raises(ValueError, match=r"exactly .*missing: \['two'\]"):
         computer.matrix(like={"one": params["one"]})
-
-
-# ---------------------------------------------------------------------------------------------
-# Algebra
-
-
-def covariance(rng, n):
-    x = rng.normal(size=(2 * n, n))
-    return x.T @ x / (2 * n) + 0.05 * np.eye(n)
-
-
-def structures(rng, sizes):
-    """One operator of each structure, positive definite."""
-    a, g = sizes
-    full, other = (kfac_xp.FullMatrix(covariance(rng, n)) for n in sizes)
-    diag = kfac_xp.Diag(rng.uniform(0.1, 2, size=g))
-    kron = kfac_xp.KroneckerProduct(full, diag, 1.5)
-    taps = UncorrelatedTaps(covariance(rng, a), rng.normal(size=a), g, np.asarray(0.3))
-    return {
-        "full": full,
-        "diag": diag,
-        "kron": kron,
-        "exact": kfac_xp.KroneckerProduct(full, other).plus_identity(0.2),
-        "taps": taps,
-        "taps with g": kfac_xp.KroneckerProduct(taps, other).plus_identity(0.2),
-        "blocks": kfac_xp.BlockDiagonal({"a": kron, "b": other, "c": taps}),
-    }
-
-
-@pytest.mark.parametrize("name", ["full", "diag", "kron", "exact", "taps", "taps with g", "blocks"])
-@given(
-    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    exps=st.tuples(*[st.floats(-1.5, 1.5)] * 2),
-    seed=st.integers(0, 2**20),
-)
-@settings(max_examples=12, deadline=None)
-def test_algebra(name, sizes, exps, seed):
-    rng = np.random.default_rng(seed)
-    operator = structures(rng, sizes)[name]
-    n = operator.domain_dimension
-    matrix = kfac_xp.CurvatureMatrix(operator, LayerSpace([(n,)]))
-    v = rng.normal(size=n)
-    p, q = exps
-    together = matrix.matpower(p) @ (matrix.matpower(q) @ v)
-    assert_close(together, matrix.matpower(p + q) @ v, 1e-8)
-    assert_close(matrix.matpower(p).matpower(q) @ v, matrix.matpower(p * q) @ v, 1e-8)
-    assert_close(matrix @ matrix.solve(v), v, 1e-8)
-    assert_close(matrix.solve(matrix @ v), v, 1e-8)
-    assert_close(matrix.inv().logdet() + matrix.logdet() + 1, 1.0, 1e-9)
-    assert_close(matrix.matpower(p).logdet() + 1, p * matrix.logdet() + 1, 1e-8)
-    values = matrix.eigvalsh()
-    assert np.all(np.diff(values) >= 0)
-    assert_close(np.sum(values), matrix.trace(), 1e-10)
-    assert_close(np.sum(matrix.diagonal()), matrix.trace(), 1e-10)
-    assert_close(np.sum(values**2), matrix.norm() ** 2, 1e-9)
-    assert_close(matrix.plus_identity(0.5).eigvalsh(), values + 0.5, 1e-9)
-    assert_close(matrix.to_dense() @ v, matrix @ v, 1e-10)
-    draw = matrix.sample(p, generator=Fixed(v))
-    assert_close(draw, matrix.matpower(p) @ v, 1e-10)
-    # Covariance by closed form: all unit vectors at once.
-    root = matrix.sample(p, generator=Fixed(np.eye(n)), num_samples=n)
-    assert_close(root.T @ root, matrix.matpower(2 * p).to_dense(), 1e-8)
-
-
-def test_any_diagonal_in_a_kronecker_basis(rng):
-    """As EKFAC has it: the values are anything."""
-    u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (3, 2))
-    values = rng.uniform(0.1, 1, size=(3, 2))
-    operator = kfac_xp.KroneckerEigen(kfac_xp.FullMatrix(u), kfac_xp.FullMatrix(v), values)
-    basis = np.kron(u, v)
-    dense = (basis * values.ravel()) @ basis.T
-    matrix = kfac_xp.CurvatureMatrix(operator, LayerSpace([(3, 2)]))
-    require_operations(matrix, dense, np, rng)
-    mat = rng.normal(size=(3, 2))
-    assert_close(operator.apply(mat).ravel(), dense @ mat.ravel(), 1e-13)
