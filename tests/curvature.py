@@ -41,19 +41,61 @@ def mean_of(cov, pi_type):
     return sizes[pi_type] if pi_type in sizes else w[-1]
 
 
+def damped_product(A, G, r, damping, split, pi_type):
+    """``r * kron(A, G)``, its factors damped if the damping is split between them."""
+    a = g = np.sqrt(damping / r) if split == "pi" else 0.0
+    if pi_type != "off":
+        pi = np.sqrt(mean_of(A, pi_type) / mean_of(G, pi_type))
+        a, g = a * pi, g / pi
+    return r * np.kron(A + a * np.eye(len(A)), G + g * np.eye(len(G)))
+
+
+def own_order(block, dense):
+    """From the order of a channels-last kernel [d_in, d_out] to that of the layer's own."""
+    if block.spec is None or type(block).__name__.startswith("Depthwise"):
+        return dense
+    numbers = np.arange(len(dense))
+    kernel = block._param_shapes[0]
+    size = int(np.prod(kernel))
+    numbered = numbers[:size].reshape(kernel)
+    if len(kernel) == 2 and block.spec.words:
+        numbered = numbered.T
+    elif getattr(block.spec, "kernel_words", "") == "":
+        if getattr(block.spec, "transposed", None) is not None:
+            # Groups are side by side in the inputs here, in the outputs there.
+            parts = np.split(numbered, block.groups, axis=-2)
+            numbered = np.concatenate(parts, axis=-1)
+    else:
+        numbered = np.moveaxis(numbered, (0, 1), (-1, -2))  # OIHW
+    places = np.concatenate([numbered.ravel(), numbers[size:]])
+    moved = np.empty_like(dense)
+    moved[np.ix_(places, places)] = dense
+    return moved
+
+
 def dense_block(block, damping=0.0, split="pi", pi_type="tracenorm"):
     """The block with its damping, from the covariances of its factors."""
-    covs = [covariance_of(f) for f in block.factors.values()]
-    if len(covs) == 1:
-        dense = covs[0] + (damping * np.eye(len(covs[0])) if split == "pi" else 0)
+    if isinstance(block, kfac_xp.ConvGroupedKFCFB):
+        widths = block.filter_shape[-1] // block.groups
+        rows = np.arange(len(covariance_of(block.input_factors[0])))
+        dense = np.zeros((len(rows) * block.filter_shape[-1],) * 2)
+        for k in range(block.groups):
+            sides = (covariance_of(f[k]) for f in (block.input_factors, block.output_factors))
+            columns = np.arange(k * widths, (k + 1) * widths)
+            places = (rows[:, None] * block.filter_shape[-1] + columns).ravel()
+            product = damped_product(*sides, block.renorm_coeff, damping, split, pi_type)
+            dense[np.ix_(places, places)] = product
+    elif isinstance(block, kfac_xp.EigenvalueCorrectedFB):
+        basis = np.kron(*(to_numpy(u) for u in block.rotated_factor.basis))
+        dense = (basis * to_numpy(block.rotated_factor.cov).ravel()) @ basis.T
+        dense += damping * np.eye(len(dense)) if split == "pi" else 0
     else:
-        A, G = covs
-        r = block.renorm_coeff
-        a = g = np.sqrt(damping / r) if split == "pi" else 0.0
-        if pi_type != "off":
-            pi = np.sqrt(mean_of(A, pi_type) / mean_of(G, pi_type))
-            a, g = a * pi, g / pi
-        dense = r * np.kron(A + a * np.eye(len(A)), G + g * np.eye(len(G)))
+        covs = [covariance_of(f) for f in block.factors.values()]
+        if len(covs) == 1:
+            dense = covs[0] + (damping * np.eye(len(covs[0])) if split == "pi" else 0)
+        else:
+            dense = damped_product(*covs, block.renorm_coeff, damping, split, pi_type)
+    dense = own_order(block, dense)
     if type(block).__name__.startswith("Depthwise"):
         (shape,) = block._param_shapes
         entries = depthwise_entries(shape)
@@ -95,6 +137,28 @@ def blocks(xp, rng):
     def used(cls, **extra):
         return lambda **options: filled(cls(None, **extra, **options), draw(2, 8, 3), draw(2, 8, 2))
 
+    def corrected(make):
+        """With the eigenvalues of a second batch, in the basis of the first."""
+
+        def call(**options):
+            block = make(**options)
+            block.update_inverses()
+            data = {"inputs": block._inputs[0], "outputs_grads": block._outputs[0]}
+            block.update_cov(**{k: xp.flip(v, axis=-1) for k, v in data.items()}, ema_decay=0.9)
+            return block
+
+        return call
+
+    def dense_of(cls, *shapes, **extra):
+        shapes = shapes or ((8, 3), (8, 2))
+        return lambda **options: filled(
+            cls(None, True, **extra, **options), *(draw(*shape) for shape in shapes)
+        )
+
+    oihw = (xp.zeros((3, 2, 2, 1)), xp.zeros((3,)))
+    grouped = (xp.zeros((2, 1, 1, 4)), xp.zeros((4,)))
+    turned = (xp.zeros((2, 1, 4, 2)), xp.zeros((4,)))
+    sequences = ((8, 4, 3), (8, 4, 2))
     kernel, depthwise = (xp.zeros((2, 1, 2, 3)), xp.zeros((3,))), xp.zeros((2, 2, 2, 2))
     sua = {"use_sua_approx_for_input_factor": True}
 
@@ -129,6 +193,30 @@ def blocks(xp, rng):
             lambda **o: kfac_xp.DepthwiseConvDiagonalFB(None, depthwise, (1, 1), "SAME", **o), 4
         ),
         "multi": used(kfac_xp.FullyConnectedMultiIndepFB),
+        "kron_oi": dense_of(kfac_xp.FullyConnectedKFACBasicFB, kernel_layout="OI"),
+        "diagonal_oi": dense_of(kfac_xp.FullyConnectedDiagonalFB, kernel_layout="OI"),
+        "conv_oihw": lambda **options: filled(
+            kfac_xp.ConvKFCBasicFB(
+                None, oihw, "SAME", data_format="NCHW", kernel_layout="OIHW", **options
+            ),
+            draw(6, 2, 3, 4),
+            draw(6, 3, 3, 4),
+        ),
+        "grouped": image(
+            lambda **o: kfac_xp.ConvGroupedKFCFB(None, grouped, "SAME", groups=2, **o), 4
+        ),
+        "grouped_transposed": lambda **options: filled(
+            kfac_xp.ConvGroupedKFCFB(None, turned, "SAME", groups=2, kind="transposed", **options),
+            draw(6, 3, 4, 4),
+            draw(6, 3, 4, 4),
+        ),
+        "expand": dense_of(kfac_xp.FullyConnectedKFACExpandFB, *sequences),
+        "reduce": dense_of(kfac_xp.FullyConnectedKFACReduceFB, *sequences),
+        "conv_reduce": image(lambda **o: kfac_xp.ConvKFACReduceFB(None, kernel, "SAME", **o)),
+        "tnt": dense_of(kfac_xp.FullyConnectedTNTFB),
+        "conv_tnt": image(lambda **o: kfac_xp.ConvTNTFB(None, kernel, "SAME", **o)),
+        "ekfac": corrected(dense_of(kfac_xp.FullyConnectedEKFACFB)),
+        "conv_ekfac": corrected(image(lambda **o: kfac_xp.ConvEKFACFB(None, kernel, "SAME", **o))),
         "series_1": used(kfac_xp.FullyConnectedSeriesFB, option=1),
         "series_2": used(kfac_xp.FullyConnectedSeriesFB, option=2),
     }
@@ -148,6 +236,18 @@ SPECTRAL = [
     "depthwise",
     "depthwise_diagonal",
     "multi",
+    "kron_oi",
+    "diagonal_oi",
+    "conv_oihw",
+    "grouped",
+    "grouped_transposed",
+    "expand",
+    "reduce",
+    "conv_reduce",
+    "tnt",
+    "conv_tnt",
+    "ekfac",
+    "conv_ekfac",
 ]
 """Kinds of blocks whose matrices have eigenvalues."""
 

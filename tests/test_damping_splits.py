@@ -15,7 +15,10 @@ from tests.curvature import (
 )
 from tests.models import TanhNet
 
-KRONECKER = ["kron", "kron_in_diag", "kron_both_diag", "conv", "conv_sua", "multi"]
+KRONECKER = [
+    *("kron", "kron_in_diag", "kron_both_diag", "conv", "conv_sua", "multi", "conv_oihw"),
+    *("grouped", "grouped_transposed", "expand", "reduce", "tnt", "conv_tnt", "conv_ekfac"),
+]
 
 
 def vector_for(block, xp, rng):
@@ -146,19 +149,22 @@ def test_sparse_rows_stay_sparse(rng):
         assert_close(sparse.to_dense(), product(rows.to_dense()), 1e-12)
 
 
-RELATIVE = ["kron", "conv", "conv_sua", "diagonal", "full", "depthwise", "depthwise_diagonal"]
+RELATIVE = [
+    *("kron", "conv", "conv_sua", "diagonal", "full", "depthwise", "depthwise_diagonal"),
+    *("grouped", "expand", "conv_tnt", "conv_ekfac"),
+]
 
 
 @pytest.mark.parametrize("split", ["pi", "exact"])
 @pytest.mark.parametrize("kind", RELATIVE)
 def test_relative_damping(rng, kind, split):
     block = blocks(np, rng)[kind](relative_damping=True, damping_split=split)
+    block.register_inverse()
+    block.update_inverses()
     undamped = dense_block(block)
     damping = 0.1 * np.trace(undamped) / len(undamped)
     dense = dense_block(block, damping, split)
     assert_close(block.matrix(0.1, split).to_dense(), dense, 1e-12)
-    block.register_inverse()
-    block.update_inverses()
     x, vector, flat = vector_for(block, np, rng)
     if kind == "depthwise" and split == "exact":  # the ordinary convolution is damped
         return

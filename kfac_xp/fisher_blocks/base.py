@@ -7,12 +7,14 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, get_args
 
-from kfac_xp.backend import array_namespace, as_scalar_like
+import numpy as np
+
+from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.layer_specs import LayerSpec
-from kfac_xp.operators import CurvatureMatrix, LayerSpace, LinearOperator
+from kfac_xp.operators import CurvatureMatrix, LayerSpace, LinearOperator, permuted
 from kfac_xp.options import FactorOptions
-from kfac_xp.params import IndexedSlices, require_like
+from kfac_xp.params import IndexedSlices, as_arrays, require_like
 from kfac_xp.representations import read_damping, require_damping
 from kfac_xp.typing import Array, Damping, Params, Scalar, Split
 
@@ -217,7 +219,11 @@ class FisherBlock(abc.ABC):
         if split not in get_args(Split):
             raise ValueError(f"`split` must be one of {get_args(Split)}; got {split!r}.")
         value = self._absolute(read_damping(require_damping("damping", damping)))
-        return CurvatureMatrix(self._operator(value, split), self._space())
+        operator, order = self._operator(value, split), self._order()
+        if order is not None and not np.array_equal(order, np.arange(len(order))):
+            xp, device = array_namespace(operator.like), device_of(operator.like)
+            operator = permuted(operator, xp.asarray(order, device=device))
+        return CurvatureMatrix(operator, self._space())
 
     # ------------------------------------------------------------------ state
 
@@ -263,7 +269,20 @@ class FisherBlock(abc.ABC):
 
     @abc.abstractmethod
     def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
-        """The matrix on flat vectors with a damping that is not relative."""
+        """The matrix with a damping that is not relative, in the order of `_order`."""
+
+    def _order(self) -> np.ndarray | None:
+        """For each entry of a vector of `_operator` its place in the parameters, all raveled.
+
+        None if the entries are in order, as they are unless the layer has arrays in another form.
+        """
+        return None if self.spec is None else self._numbered(self.spec.params_in)
+
+    def _numbered(self, form: Callable[[Params], Params]) -> np.ndarray:
+        """The numbers of the parameters' entries, raveled after `form` brought them into order."""
+        space = self._space()
+        numbers = form(space.shaped(np.arange(space.size)))
+        return np.concatenate([a.reshape(-1) for a in as_arrays(numbers)])
 
     @abc.abstractmethod
     def _mean_eigenvalue(self) -> Array:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.convolution import ConvDiagonalFB, ConvKFCBasicFB, Convolution
@@ -70,6 +72,9 @@ class _Depthwise(Convolution):
 
     def _expanded(self, vector: Params) -> Params:
         return depthwise_conv2d_filter_to_conv2d_filter(self.spec.kernel_in(vector))
+
+    def _order(self) -> np.ndarray:
+        return self._numbered(self.spec.kernel_in)
 
     def _contracted(self, vector: Params, template: Params) -> Params:
         return self.spec.kernel_out(conv2d_filter_to_depthwise_conv2d_filter(vector))

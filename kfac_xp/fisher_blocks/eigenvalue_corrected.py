@@ -19,10 +19,11 @@ from kfac_xp.fisher_factors import (
 )
 from kfac_xp.geometry import Padding
 from kfac_xp.linalg import kron
+from kfac_xp.operators import FullMatrix, KroneckerEigen, LinearOperator
 from kfac_xp.params import layer_params_to_mat2d, mat2d_to_layer_params
 from kfac_xp.precision import exact_products
 from kfac_xp.randomness import Generator
-from kfac_xp.typing import Array, Params, Scalar
+from kfac_xp.typing import Array, Params, Scalar, Split
 
 
 class EigenvalueCorrectedFB(KroneckerProductFB):
@@ -45,8 +46,11 @@ class EigenvalueCorrectedFB(KroneckerProductFB):
 
     @property
     def entries_damping(self) -> Scalar:
-        """What is added to every entry of S: the damping of now, if it is normalised by power 1."""
-        return self.renorm_coeff * self.damping
+        """What is added to every entry of S: the damping of now, if it is normalised by power 1.
+
+        With ``damping_split="exact"`` it is not normalised.
+        """
+        return self.damping if self._is_exact else self.renorm_coeff * self.damping
 
     def source_moments(
         self,
@@ -123,6 +127,19 @@ class EigenvalueCorrectedFB(KroneckerProductFB):
             if back:
                 mat = xp.matmul(xp.matmul(u_in, mat), xp.matrix_transpose(u_out))
         return self._contracted(mat2d_to_layer_params(expanded, cast(mat, given.dtype)), vector)
+
+    def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
+        dtype = self.options.decomposition_dtype or self.rotated_factor.cov.dtype
+        entries = cast(self.rotated_factor.cov, dtype)
+        u_in, u_out = (FullMatrix(cast(u, dtype)) for u in self.rotated_factor.basis)
+        total = self.renorm_coeff * self._normalized(damping) if split == "pi" else damping
+        return KroneckerEigen(u_in, u_out, entries + as_scalar_like(total, entries))
+
+    def _mean_eigenvalue(self) -> Array:
+        if not self.rotated_factor.has_basis:
+            return super()._mean_eigenvalue()
+        entries = self.rotated_factor.cov
+        return array_namespace(entries).mean(entries)
 
     def _basis_sides(self) -> tuple[Side, Side]:
         """The two factors, with the dampings under which their eigenbases are kept."""

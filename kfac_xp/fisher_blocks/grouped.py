@@ -6,10 +6,12 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
 from kfac_xp.batches import Placeholder
 from kfac_xp.damping import compute_pi_adjusted_damping, normalize_damping
-from kfac_xp.fisher_blocks.base import FactorMaker
+from kfac_xp.fisher_blocks.base import BlockDamping, FactorMaker
 from kfac_xp.fisher_blocks.convolution import Convolution
 from kfac_xp.fisher_factors import (
     ConvInputKroneckerFactor,
@@ -20,11 +22,11 @@ from kfac_xp.fisher_factors import (
 from kfac_xp.geometry import Padding
 from kfac_xp.grouped_moments import GroupedConvInputMoment, GroupedConvOutputMoment
 from kfac_xp.linalg import kron
-from kfac_xp.operators import LinearOperator
+from kfac_xp.operators import BlockDiagonal, KroneckerProduct, LinearOperator
 from kfac_xp.params import layer_params_to_mat2d, mat2d_to_layer_params
 from kfac_xp.precision import exact_products
 from kfac_xp.representations import read_damping
-from kfac_xp.typing import Array, Damping, Params, Scalar
+from kfac_xp.typing import Array, Damping, Params, Scalar, Split
 
 
 class ConvGroupedKFCFB(Convolution):
@@ -125,18 +127,33 @@ class ConvGroupedKFCFB(Convolution):
 
     @property
     def damping(self) -> Scalar:
-        """The block's damping divided by ``num_locations ** normalize_damping_power``."""
+        """The damping of now over ``num_locations ** normalize_damping_power``.
+
+        What two factors share; with ``damping_split="exact"`` what the block gets, and not divided.
+        """
         self._require_factors()
-        power = self.options.normalize_damping_power
-        return normalize_damping(read_damping(self._damping), self.num_locations, power)
+        total = self._absolute(read_damping(self._damping))
+        return total if self._is_exact else self._normalized(total)
 
     def factor_dampings(self, group: int) -> tuple[Scalar, Scalar]:
         """Dampings of the input and output factor of one group, from the covariances of now."""
         self._require_factors()
+        total = self._absolute(read_damping(self._damping))
+        return self._split_damping(group, self._normalized(total))
+
+    def _split_damping(self, group: int, normalized: Scalar) -> tuple[Scalar, Scalar]:
         A = self.input_factors[group].get_cov_as_linear_operator()
         G = self.output_factors[group].get_cov_as_linear_operator()
-        root = as_scalar_like(self.damping, A.trace()) ** 0.5
+        root = as_scalar_like(normalized, A.trace()) ** 0.5
         return compute_pi_adjusted_damping(A, G, root, self.options.pi_type)
+
+    def _normalized(self, damping: Scalar) -> Scalar:
+        power = self.options.normalize_damping_power
+        return normalize_damping(damping, self.num_locations, power)
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.options.damping_split == "exact"
 
     # ------------------------------------------------------------------ statistics
 
@@ -179,28 +196,46 @@ class ConvGroupedKFCFB(Convolution):
     def register_matpower(self, exp: float) -> None:
         """Ask for a power of the damped block to be computed by inverse updates."""
         for factor, damping in self._damped_factors():
-            factor.register_matpower(exp, damping)
+            if not self._is_exact:
+                factor.register_matpower(exp, damping)
+            elif exp != 1:
+                factor.register_damped_eigen(BlockDamping(self))
 
     def register_cholesky(self) -> None:
         """Ask for the Cholesky factor of the damped block."""
+        if self._is_exact:
+            return self.register_matpower(0.5)
         for factor, damping in self._damped_factors():
             factor.register_cholesky(damping)
+        return None
 
     def register_cholesky_inverse(self) -> None:
         """Ask for the inverse of that factor."""
+        if self._is_exact:
+            return self.register_matpower(-0.5)
         for factor, damping in self._damped_factors():
             factor.register_cholesky_inverse(damping)
+        return None
 
     def multiply_matpower(self, vector: Params, exp: float) -> Params:
-        """``r**exp * (A_k + a_k I)**exp @ V_k @ (G_k + g_k I)**exp``, group by group."""
+        """``r**exp * (A_k + a_k I)**exp @ V_k @ (G_k + g_k I)**exp``, group by group.
+
+        With ``damping_split="exact"`` the power of ``r * kron(A_k, G_k) + damping * I``.
+        """
+        if self._is_exact:
+            return self._exact_product(vector, exp)
         return self._product(vector, lambda f, d: f.get_matpower(exp, d), exp)
 
     def multiply_cholesky(self, vector: Params, transpose: bool = False) -> Params:
         """``r**0.5 * L_A @ V_k @ L_G.T``, or transposed, group by group."""
+        if self._is_exact:
+            return self._exact_product(vector, 0.5)
         return self._product(vector, lambda f, d: f.get_cholesky(d), 0.5, transpose)
 
     def multiply_cholesky_inverse(self, vector: Params, transpose: bool = False) -> Params:
         """``r**-0.5 * L_A^-1 @ V_k @ L_G^-T``, or transposed, group by group."""
+        if self._is_exact:
+            return self._exact_product(vector, -0.5)
         return self._product(vector, lambda f, d: f.get_cholesky_inverse(d), -0.5, transpose)
 
     def full_fisher_block(self) -> Array:
@@ -222,6 +257,39 @@ class ConvGroupedKFCFB(Convolution):
         return self.renorm_coeff * xp.reshape(full, (d * g * c, d * g * c))
 
     # ------------------------------------------------------------------ helpers
+
+    def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
+        blocks: dict[str, LinearOperator] = {}
+        is_damped = not (isinstance(damping, float) and damping == 0)
+        pairs = zip(self.input_factors, self.output_factors, strict=True)
+        for k, factors in enumerate(pairs):
+            sides = [self._for_matrix(f.get_cov_as_linear_operator()) for f in factors]
+            if is_damped and split == "pi":
+                dampings = self._split_damping(k, self._normalized(damping))
+                sides = [
+                    side.plus_identity(as_scalar_like(d, side.like))
+                    for side, d in zip(sides, dampings, strict=True)
+                ]
+            block: LinearOperator = KroneckerProduct(sides[0], sides[1], self.renorm_coeff)
+            if is_damped and split == "exact":
+                block = block.plus_identity(as_scalar_like(damping, block.like))
+            blocks[f"group {k}"] = block
+        return BlockDiagonal(blocks)
+
+    def _order(self) -> np.ndarray:
+        # The groups lie side by side in the columns of the kernel, one after another in the matrix.
+        own = self._numbered(self.spec.params_in)
+        columns = self.spec.out_channels // self.groups
+        return own.reshape(-1, self.groups, columns).transpose(1, 0, 2).reshape(-1)
+
+    def _mean_eigenvalue(self) -> Array:
+        means = [
+            cov.trace() / cov.domain_dimension
+            for cov in (f.get_cov_as_linear_operator() for f, _ in self._damped_factors())
+        ]
+        xp = array_namespace(*means)
+        pairs = xp.reshape(xp.stack(means), (-1, 2))
+        return self.renorm_coeff * xp.mean(pairs[:, 0] * pairs[:, 1])
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         geometry, g = self.geometry, self.groups
@@ -266,18 +334,53 @@ class ConvGroupedKFCFB(Convolution):
         served = [read(*pair).to_dense() for pair in self._damped_factors()]
         xp = array_namespace(*served)
         A, G = xp.stack(served[0::2]), xp.stack(served[1::2])
-        expanded = self._expanded(vector)
-        mat = layer_params_to_mat2d(expanded)
-        stack = xp.reshape(cast(mat, A.dtype), (mat.shape[0], self.groups, -1))
-        stack = xp.permute_dims(stack, (1, 0, 2))
         if transpose:
             A = xp.matrix_transpose(A)
         else:
             G = xp.matrix_transpose(G)
+        scale = self.renorm_coeff**exp
+        return self._in_groups(vector, A.dtype, lambda v: scale * xp.matmul(xp.matmul(A, v), G))
+
+    def _exact_product(self, vector: Params, exp: float) -> Params:
+        """A power of ``r * kron(A_k, G_k) + damping * I``: 1 of now, others as last computed."""
+        self._require_vector(vector)
+        if exp == 1:
+            sides = [f.cov for f, _ in self._damped_factors()]
+            xp = array_namespace(*sides)
+            A, G = xp.stack(sides[0::2]), xp.stack(sides[1::2])
+            damping = as_scalar_like(self.damping, A)
+
+            def product(v: Array) -> Array:
+                return self.renorm_coeff * xp.matmul(xp.matmul(A, v), G) + damping * v
+
+            return self._in_groups(vector, A.dtype, product)
+        found = [f.get_damped_eigen(BlockDamping(self)) for f, _ in self._damped_factors()]
+        xp = array_namespace(found[0][0].values)
+        vectors = [spectrum.vectors.to_dense() for spectrum, _ in found]
+        values = xp.stack([spectrum.values for spectrum, _ in found[0::2]])[:, :, None]
+        values = values * xp.stack([spectrum.values for spectrum, _ in found[1::2]])[:, None, :]
+        # What a factor needed beyond the damping to be inverted, its group gets.
+        dampings = xp.reshape(xp.stack([damping for _, damping in found]), (-1, 2))
+        damped = self.renorm_coeff * values + xp.max(dampings, axis=1)[:, None, None]
+        U, V = xp.stack(vectors[0::2]), xp.stack(vectors[1::2])
+
+        def rotated(v: Array) -> Array:
+            turned = damped**exp * xp.matmul(xp.matmul(xp.matrix_transpose(U), v), V)
+            return xp.matmul(xp.matmul(U, turned), xp.matrix_transpose(V))
+
+        return self._in_groups(vector, U.dtype, rotated)
+
+    def _in_groups(self, vector: Params, dtype: Any, product: Callable[[Array], Array]) -> Params:
+        """A function of matrices stacked over groups, [groups, d_in, d_out], on a vector."""
+        expanded = self._expanded(vector)
+        mat = layer_params_to_mat2d(expanded)
+        xp = array_namespace(mat)
+        stack = xp.reshape(cast(mat, dtype), (mat.shape[0], self.groups, -1))
+        stack = xp.permute_dims(stack, (1, 0, 2))
         with exact_products(stack):
-            product = self.renorm_coeff**exp * xp.matmul(xp.matmul(A, stack), G)
-        product = xp.reshape(xp.permute_dims(product, (1, 0, 2)), tuple(mat.shape))
-        return self._contracted(mat2d_to_layer_params(expanded, cast(product, mat.dtype)), vector)
+            result = xp.permute_dims(product(stack), (1, 0, 2))
+        result = cast(xp.reshape(result, tuple(mat.shape)), mat.dtype)
+        return self._contracted(mat2d_to_layer_params(expanded, result), vector)
 
     input_factors: list[Any]
     output_factors: list[Any]

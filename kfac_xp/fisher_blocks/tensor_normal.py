@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Any
 
+from kfac_xp.damping import normalize_damping
 from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.convolution import Convolution
 from kfac_xp.fisher_blocks.fully_connected import FullyConnectedKFACBasicFB
@@ -143,7 +144,11 @@ class ConvTNTFB(TensorNormalFB, Convolution):
     @property
     def damping(self) -> Scalar:
         """``L * damping / L ** normalize_damping_power`` for L locations: damping at power 1."""
-        return self.num_locations * self._normalized_damping(self.num_locations)
+        return super().damping
+
+    def _normalized(self, damping: Scalar) -> Scalar:
+        power = self.options.normalize_damping_power
+        return self.num_locations * normalize_damping(damping, self.num_locations, power)
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         cls, geometry = ConvTensorNormalFactor, self.geometry

@@ -25,7 +25,7 @@ from kfac_xp.fisher_blocks.locations import SharedOverLocations
 from kfac_xp.fisher_factors import FullyConnectedKroneckerFactor
 from kfac_xp.geometry import Padding
 from kfac_xp.ops import mean_patches
-from kfac_xp.typing import Array, Params, Scalar
+from kfac_xp.typing import Array, Params
 
 
 class FullyConnectedKFACExpandFB(SharedOverLocations, FullyConnectedKFACBasicFB):
@@ -80,9 +80,9 @@ class FullyConnectedKFACExpandFB(SharedOverLocations, FullyConnectedKFACBasicFB)
         return float(self.num_locations)
 
     @property
-    def damping(self) -> Scalar:
-        """The block's damping divided by ``T ** normalize_damping_power``."""
-        return self._normalized_damping(self.num_locations)
+    def num_replications(self) -> int:
+        """T."""
+        return self.num_locations
 
     @property
     def _num_axes_of_tower(self) -> int:

@@ -6,6 +6,7 @@ from kfac_xp.operators.congruence import Congruence, InverseOf, MinusProduct
 from kfac_xp.operators.diagonalized import Diagonalized
 from kfac_xp.operators.kronecker import KroneckerEigen, KroneckerProduct
 from kfac_xp.operators.matrix import CurvatureMatrix
+from kfac_xp.operators.permuted import Permuted, permuted
 from kfac_xp.operators.products import SymmetricProducts
 from kfac_xp.operators.scipy_views import scipy_operator
 from kfac_xp.operators.spaces import LayerSpace, ModelSpace, VectorSpace
@@ -29,6 +30,7 @@ __all__ = [
     "LinearOperatorFullMatrix",
     "MinusProduct",
     "ModelSpace",
+    "Permuted",
     "RankOneUpdate",
     "RepeatedBlock",
     "Spectrum",
@@ -36,6 +38,7 @@ __all__ = [
     "TapBasis",
     "UncorrelatedTaps",
     "VectorSpace",
+    "permuted",
     "scipy_operator",
     "spectrum_of_taps",
     "without_rounding",

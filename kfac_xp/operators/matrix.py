@@ -308,7 +308,7 @@ class CurvatureMatrix:
             if smallest > 0 or (smallest == 0 and not positive):
                 continue
             wanted = "positive definite" if positive else "positive semidefinite"
-            where = f"the block of layer {name!r}" if name else "the matrix"
+            where = f"the block {name!r}" if name else "the matrix"
             raise np.linalg.LinAlgError(
                 f"the {what} needs a {wanted} matrix; the smallest eigenvalue of {where} is "
                 f"{smallest:.3g}. Use a positive damping, as in `matrix(damping=1e-3)`, or "

@@ -137,9 +137,9 @@ class Eigen:
         residual = xp.sqrt(xp.sum(relative) / damped.shape[0])
         return checks + xp.stack([residual, xp.zeros_like(residual)])
 
-    def checks_of_inverses(self, array: Array, damping: Scalar) -> Array:
-        """As `checks`, and not finite if a damped eigenvalue is zero, up to rounding."""
-        xp, checks = array_namespace(array), self.checks(array, damping)
+    def checks_of_inverses(self, damping: Scalar) -> Array:
+        """As `basis_checks`, and not finite if a damped eigenvalue is zero, up to rounding."""
+        xp, checks = array_namespace(self.values), self.basis_checks(damping)
         smallest = xp.min(without_rounding(self.values) + damping)
         return xp.where(smallest > 0, checks, xp.full_like(checks, xp.nan))
 

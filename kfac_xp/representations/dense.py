@@ -290,7 +290,7 @@ class Dense(Representation):
                 assert eigen is not None
                 damping = dampings[request]
                 arrays[request] = _with_rows(eigen.vectors, eigen.values, damping)
-                checks.append(eigen.checks_of_inverses(arrays[request], damping))
+                checks.append(eigen.checks_of_inverses(damping))
                 continue
             if request.damping not in factors:
                 factors[request.damping] = linalg.cholesky(cov, dampings[request])
