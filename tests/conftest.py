@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,18 +51,63 @@ def rng():
 def pytest_collection_modifyitems(config, items):
     """Leave out what cannot tell anything here.
 
-    Cases marked `more` do not run on JAX, which compiles every new shape. CuPy's do not run where
+    Cases marked `more` do not run on JAX, which compiles every new shape, unless the support table
+    is to be written. CuPy's do not run where
     it is not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason.
     """
+    all_on_jax = config.getoption("--support-table") is not None
     no_cupy = importlib.util.find_spec("cupy") is None and "gpu" not in config.getoption("-m")
 
     def tells_nothing(item):
         if no_cupy and item.get_closest_marker("gpu"):
             return True
         library = getattr(item, "callspec", None) and item.callspec.params.get("xp")
+        if all_on_jax:
+            return False
         return library == "jax.numpy" and item.get_closest_marker("more") is not None
 
     left_out = [item for item in items if tells_nothing(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not tells_nothing(item)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The support table
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--support-table",
+        metavar="FILE",
+        help="write the support table of docs/support.md, from the tests that pass",
+    )
+
+
+def pytest_configure(config):
+    # With xdist, workers send their reports to the process that writes.
+    path = config.getoption("--support-table")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SupportTable(Path(path)))
+
+
+class SupportTable:
+    """Collects what passed in a run, and writes it at the end."""
+
+    def __init__(self, path):
+        self.path, self.results = path, {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            for name, value in report.user_properties:
+                if name == "support":
+                    *cell, word = value
+                    self.results[tuple(cell)] = word
+
+    def pytest_sessionfinish(self):
+        from tests.support_table import render
+
+        self.path.write_text(render(self.results))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.write_line(f"{self.path}: {len(self.results)} combinations passed")

@@ -153,3 +153,44 @@ def conv_squared_outer(
         rows = int(np.prod(kernel)) * c_in + has_bias
         return np.zeros((rows, c_out) if rotations is None else [u.shape[1] for u in rotations])
     return total
+
+
+def sua(x, num_taps, has_bias):
+    """Patches of uncorrelated pixels: ``kron(I, cov) + h h^T``, taps first, by loops over pixels."""
+    pixels = x.reshape(-1, x.shape[-1])
+    mean = sum(pixels) / len(pixels)
+    cov = sum(np.outer(p - mean, p - mean) for p in pixels) / len(pixels)
+    size = num_taps * len(mean) + has_bias
+    full, h = np.zeros((size, size)), np.ones(size)
+    for tap in range(num_taps):
+        rows = slice(tap * len(mean), (tap + 1) * len(mean))
+        full[rows, rows] = cov
+        h[rows] = mean
+    return full + np.outer(h, h)
+
+
+def chain_fisher(option, covs, lags, uses):
+    """The Fisher of a chain of uses, added up lag by lag.
+
+    `covs` are the two sides' second moments, damped, and `lags` the moments of each use with the
+    one before. Option 1: symmetric, and as long as the data; 2: not symmetric, and without an end.
+    """
+    if option == 1:
+
+        def lagged(cov, lag, distance):
+            w, v = np.linalg.eigh(cov)
+            root, inverse = (v * w**0.5) @ v.T, (v * w**-0.5) @ v.T
+            w, v = np.linalg.eigh(inverse @ ((lag + lag.T) / 2) @ inverse)
+            return root @ (v * np.abs(w) ** distance) @ v.T @ root
+
+        return sum(
+            np.kron(*(lagged(c, d, abs(u - v)) for c, d in zip(covs, lags, strict=True)))
+            for u in range(uses)
+            for v in range(uses)
+        )
+    fisher, far = np.kron(*covs), list(covs)
+    steps = [lag @ np.linalg.inv(cov) for cov, lag in zip(covs, lags, strict=True)]
+    for _ in range(200):
+        far = [step @ x for step, x in zip(steps, far, strict=True)]
+        fisher = fisher + np.kron(*far) + np.kron(*far).T
+    return uses * fisher

@@ -6,24 +6,11 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from tests import naive
 from tests.cases import assert_close, to_numpy
 from tests.test_fisher_blocks import draw, mat2d
 
 pytestmark = pytest.mark.more
-
-
-def sua_by_definition(x, num_taps, has_bias):
-    """``kron(I, cov) + h h^T`` with taps first, from loops over pixels."""
-    pixels = x.reshape(-1, x.shape[-1])
-    mean = sum(pixels) / len(pixels)
-    cov = sum(np.outer(p - mean, p - mean) for p in pixels) / len(pixels)
-    size = num_taps * len(mean) + has_bias
-    full, h = np.zeros((size, size)), np.ones(size)
-    for tap in range(num_taps):
-        rows = slice(tap * len(mean), (tap + 1) * len(mean))
-        full[rows, rows] = cov
-        h[rows] = mean
-    return full + np.outer(h, h)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -33,7 +20,7 @@ def test_sua_by_loops(xp, rng, has_bias):
     factor.register_inverse(0.2)
     factor.update_cov(inputs=xp.asarray(x), ema_decay=0.9)
     factor.update_inverses()
-    full = sua_by_definition(x, 6, has_bias)
+    full = naive.sua(x, 6, has_bias)
     operator = factor.get_cov_as_linear_operator()
     assert_close(operator.to_dense(), full, 1e-12)
     assert_close(operator.trace(), np.trace(full), 1e-12)
@@ -109,7 +96,7 @@ def test_a_sua_block_counts_locations_with_strides(xp, rng):
     estimator.update_cov({"conv": (x, g)}, ema_decay=0.9)
     estimator.update_inverses()
     assert block.renorm_coeff == 9
-    A = sua_by_definition(to_numpy(x), 4, False)
+    A = naive.sua(to_numpy(x), 4, False)
     gs = to_numpy(g).reshape(-1, 3)
     G = gs.T @ gs / len(gs)
     pi = np.sqrt((np.trace(A) / len(A)) / (np.trace(G) / len(G)))

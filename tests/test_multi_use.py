@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from tests import naive
 from tests.cases import assert_close, to_numpy
 from tests.test_fisher_blocks import BlockContract, draw, mat2d
 from tests.test_fisher_factors import DenseContract, FactorContract
@@ -157,11 +158,6 @@ def test_independent_uses_by_explicit_sums(xp, rng, is_conv):
         assert_close(mat2d(made.multiply_inverse(vector)).ravel(), expected, 1e-10)
 
 
-def matrix_power(matrix, exp):
-    w, v = np.linalg.eigh(matrix)
-    return (v * w**exp) @ v.T
-
-
 @pytest.mark.parametrize("option", [1, 2])
 def test_series_is_the_inverse_of_its_chain(xp, rng, option):
     """The Fisher of the chain that each option stands for, added up lag by lag and inverted."""
@@ -185,26 +181,7 @@ def test_series_is_the_inverse_of_its_chain(xp, rng, option):
         cov = to_numpy(factor.cov)
         covs.append(cov + float(damping) * np.eye(len(cov)))
         lags.append(to_numpy(factor.cov_dt1))
-    if option == 1:  # symmetric, and as long as the data
-
-        def lagged(cov, lag, distance):
-            root = matrix_power(cov, 0.5)
-            inverse = matrix_power(cov, -0.5)
-            w, v = np.linalg.eigh(inverse @ ((lag + lag.T) / 2) @ inverse)
-            return root @ (v * np.abs(w) ** distance) @ v.T @ root
-
-        fisher = sum(
-            np.kron(*(lagged(c, d, abs(u - v)) for c, d in zip(covs, lags, strict=True)))
-            for u in range(uses)
-            for v in range(uses)
-        )
-    else:  # not symmetric, and without an end
-        fisher, far = np.kron(*covs), list(covs)
-        steps = [lag @ np.linalg.inv(cov) for cov, lag in zip(covs, lags, strict=True)]
-        for _ in range(200):
-            far = [step @ x for step, x in zip(steps, far, strict=True)]
-            fisher = fisher + np.kron(*far) + np.kron(*far).T
-        fisher = uses * fisher
+    fisher = naive.chain_fisher(option, covs, lags, uses)
     vector = draw(xp, rng, *sizes)
     expected = np.linalg.solve(fisher, mat2d(vector).ravel())
     assert_close(mat2d(block.multiply_inverse(vector)).ravel(), expected, 1e-9)
