@@ -227,7 +227,7 @@ UP = {**VALID, "strides": (2, 1)}
 
 _SEQUENCES = r"must have shape \[N, 3\].*approx='kron_expand' or 'kron_reduce' for sequences"
 _IDS = r"one with a diagonal input factor, .*\['kron{}_in_diag', 'kron{}_both_diag'\]"
-_NO_SEQUENCE = r"must have shape \[N, T, 3\] .*over sequences"
+_NO_SEQUENCE = r"must have shape \[N, T, 3\] .*approx='kron' and others for vectors"
 
 
 def all_but(kind, *taken, says):
@@ -253,7 +253,7 @@ FORMS = (
     ),
     Form(
         "fully_connected",
-        "Dense, over sequences `[N, T, d]`",
+        "Dense, over sequences",
         "register_fully_connected",
         ((3, 2), (2,)),
         dense,

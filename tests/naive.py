@@ -156,7 +156,7 @@ def conv_squared_outer(
 
 
 def sua(x, num_taps, has_bias):
-    """Patches of uncorrelated pixels: ``kron(I, cov) + h h^T``, taps first, by loops over pixels."""
+    """Patches of uncorrelated pixels: ``kron(I, cov) + h h^T``, taps first, pixel by pixel."""
     pixels = x.reshape(-1, x.shape[-1])
     mean = sum(pixels) / len(pixels)
     cov = sum(np.outer(p - mean, p - mean) for p in pixels) / len(pixels)

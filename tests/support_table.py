@@ -52,13 +52,13 @@ def expected(*libraries):
 
 HEAD = f"""# What is supported
 
-Written by `python -m pytest tests/test_support.py --support-table docs/support.md` from the tests that
-passed in that run, not by hand. Run it in one process (with `-n` it writes the same). What the names
-mean: [approximations](approximations.md), [convolutions](convolutions.md).
+Written by `python -m pytest tests/test_support.py --support-table docs/support.md`, from the tests
+that passed in that run, never by hand. The run is made in one process; with `-n` the page is the
+same. What the names mean: [approximations](approximations.md), [convolutions](convolutions.md).
 
-Every test makes a net of one layer, updates statistics in the estimation mode, inverts, and compares the
-products of `FisherEstimator` with float64 matrices that are made of the layer's Jacobian, by the
-definition of the layer and of the approximation.
+Each test makes a net of one layer, updates its statistics in one estimation mode, inverts, and
+compares what `FisherEstimator` multiplies with matrices in float64, which follow from the layer's
+Jacobian by the definitions of the layer and of the approximation.
 
 | a cell says | which means |
 | --- | --- |
@@ -75,9 +75,9 @@ With NumPy. Losses that lack what a mode needs are refused by name: [losses](los
 NAMESPACES = f"""
 ## Array libraries
 
-In how many of the {len(ESTIMATION_MODES)} modes an approximation passed. A mode only chooses what is sent through the model, so
-that other libraries than NumPy are run in `{ONE_MODE}`, and in every mode for one approximation. CuPy needs a
-GPU, and where its column is empty no run on one has been made.
+In how many of the {len(ESTIMATION_MODES)} modes an approximation passed. A mode only chooses what
+is sent through the model: libraries other than NumPy are run in `{ONE_MODE}`, and in every mode for
+one approximation. CuPy needs a GPU; an empty column means that no run on one has been made.
 """
 
 

@@ -108,9 +108,7 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
         return self.spec.shapes(d_in, d_out, self.has_bias)
 
     def _hint(self, array: Array) -> str:
-        if array.ndim != 3 or self.has_uses:
-            return ""
-        return " (approx='kron_expand' or 'kron_reduce' for sequences [N, T, d])"
+        return "" if self.has_uses else hint_at_sequences(array)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         if self.one_hot_depth is not None:
@@ -124,6 +122,13 @@ class FullyConnectedKFACBasicFB(KroneckerProductFB):
 def side_of(factor: FisherFactor) -> Any:
     """The moment of a factor of one side of a dense layer: it knows the side's dimension."""
     return factor.moment
+
+
+def hint_at_sequences(array: Array) -> str:
+    """Which approximations take a sequence, for a message about one that does not fit."""
+    if array.ndim != 3:
+        return ""
+    return " (approx='kron_expand' or 'kron_reduce' for sequences [N, T, d])"
 
 
 def require_diagonal_input(one_hot_depth: int | None, is_diagonal: bool) -> None:
@@ -177,6 +182,9 @@ class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
         self._require_factors()
         moment = self.factor.moment
         return self.spec.shapes(moment.d_in, moment.d_out, self.has_bias)
+
+    def _hint(self, array: Array) -> str:
+        return hint_at_sequences(array)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", self.factor.moment.d_in)

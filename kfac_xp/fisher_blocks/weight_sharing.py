@@ -98,7 +98,7 @@ class FullyConnectedKFACExpandFB(SharedOverLocations, FullyConnectedKFACBasicFB)
         return self._inputs_in(tower)
 
     def _hint(self, array: Array) -> str:
-        return " over sequences"
+        return _hint_at_vectors(array)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", "T", side_of(self.input_factor).dimension)
@@ -153,7 +153,7 @@ class FullyConnectedKFACReduceFB(FullyConnectedKFACBasicFB):
         )
 
     def _hint(self, array: Array) -> str:
-        return " over sequences"
+        return _hint_at_vectors(array)
 
     def _input_pattern(self) -> tuple[int | str, ...]:
         return ("N", "T", side_of(self.input_factor).dimension)
@@ -266,3 +266,10 @@ def _sequences(name: str, tower: Any, change: Any) -> Any:
             f"got shape {tuple(tower.shape)}."
         )
     return change(array_namespace(tower), tower)
+
+
+def _hint_at_vectors(array: Array) -> str:
+    """Which approximations take one vector for each case, for a message about such an array."""
+    if array.ndim != 2:
+        return " over sequences"
+    return " over sequences (approx='kron' and others for vectors [N, d])"
