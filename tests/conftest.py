@@ -52,10 +52,10 @@ def pytest_collection_modifyitems(config, items):
     """Leave out what cannot tell anything here.
 
     Cases marked `more` do not run on JAX, which compiles every new shape; those of the support
-    table do if it is to be written. CuPy's do not run where
-    it is not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason.
+    table do if it is to be written. CuPy's do not run where it is not installed, unless ``-m gpu``
+    asks for them: then they are skipped with the reason.
     """
-    writes_table = config.getoption("--support-table") is not None
+    writes_table = config.getoption("--support-table", None) is not None
     no_cupy = importlib.util.find_spec("cupy") is None and "gpu" not in config.getoption("-m")
 
     def tells_nothing(item):
@@ -86,7 +86,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # With xdist, workers send their reports to the process that writes.
-    path = config.getoption("--support-table")
+    path = config.getoption("--support-table", None)
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SupportTable(Path(path)))
 
@@ -105,9 +105,10 @@ class SupportTable:
                     self.results[tuple(cell)] = word
 
     def pytest_sessionfinish(self):
-        from tests.support_table import render
+        if self.results:
+            from tests.support_table import render
 
-        self.path.write_text(render(self.results))
+            self.path.write_text(render(self.results))
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.write_line(f"{self.path}: {len(self.results)} combinations passed")

@@ -27,8 +27,8 @@ from tests.support_table import (
 from tests.test_estimator import FixedDraws, FixedSigns
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
-JAX_FOR_ALL = {("Dense", "diagonal")}
-"""What runs on JAX, which compiles every shape, in the default suite. For the table all do."""
+ON_JAX_BY_DEFAULT = {("Dense", "diagonal")}
+"""JAX compiles every shape; all of its cells run only where the table is written."""
 
 
 def grid(refused):
@@ -37,7 +37,7 @@ def grid(refused):
             if (expected_word(form, approx) == REFUSED) != refused:
                 continue
             marks = [pytest.mark.gpu] if library == "cupy" else []
-            if library == "jax.numpy" and (form.title, approx) not in JAX_FOR_ALL:
+            if library == "jax.numpy" and (form.title, approx) not in ON_JAX_BY_DEFAULT:
                 marks.append(pytest.mark.more)
             title = form.title.split(" (")[0].translate({ord(" "): "_", ord(","): None})
             name = "-".join((library, title, approx, mode))
