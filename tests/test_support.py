@@ -120,8 +120,10 @@ def test_the_grid_is_complete():
     assert {mode for _, _, mode in cells("numpy")} == set(ESTIMATION_MODES)
 
 
-def test_the_page_is_of_this_grid():
+def test_the_page_is_of_this_grid(request):
     """With CuPy's column or without; otherwise as a run writes it in which every test passes."""
+    if request.config.getoption("--support-table", None) is not None:
+        pytest.skip("this run writes the table")
     without = [library for library in LIBRARIES if library != "cupy"]
     pages = [render(expected(*without)), render(expected(*LIBRARIES))]
     assert PAGE.read_text() in pages, (
