@@ -15,7 +15,7 @@ QMODEL = {"learning_rate": None, "momentum_type": "qmodel"}
 def trajectory_params():
     """All runs; JAX, where compiling is slow, takes the adaptive quadratic model alone."""
     return [
-        pytest.param(c, id=m["name"], marks=[] if c == "c18" else [pytest.mark.more])
+        pytest.param(c, id=m["name"], marks=[] if c == "c10" else [pytest.mark.more])
         for c, (m, _) in TRAJECTORIES.items()
     ]
 

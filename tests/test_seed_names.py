@@ -66,6 +66,7 @@ def test_inheritance_is_as_documented():
     assert issubclass(kfac_xp.ConvKFCBasicFB, kfac_xp.KroneckerProductFB)
 
 
+@pytest.mark.more
 def test_a_script_of_r1_4(xp, rng):
     """Fixed dampings, `has_bias` in sixth place, the covariance made by its own method."""
     x = xp.asarray(rng.normal(size=(3, 4, 4, 2)))
