@@ -8,6 +8,7 @@ import array_api_compat
 import numpy as np
 
 from kfac_xp import state
+from kfac_xp.block_tridiagonal import chain
 from kfac_xp.representations import ladder
 
 
@@ -119,7 +120,7 @@ class Watch:
 def watch_reads(monkeypatch):
     watch = Watch()
     reading = watch.reading(state.to_numpy)
-    for module in (state, ladder):
+    for module in (state, ladder, chain):
         monkeypatch.setattr(module, "to_numpy", reading)
     return watch
 

@@ -360,7 +360,20 @@ def products(p):
     return found
 
 
+def chain(p):
+    params = tanh_params(p)
+    net, _ = tanh_batch(p, params)
+    made = kfac_xp.BlockTridiagonalChain(params, p.positive(1)[0])
+    for _ in range(2):
+        grads = {"one": p.normal(5, net.a1.shape[1]), "two": p.normal(5, net.outputs.shape[1])}
+        made.update_cov({n: (net.layer_inputs[n], grads[n]) for n in grads}, ema_decay=0.9)
+    made.update_inverses()
+    products = [made.multiply(params), made.multiply_inverse(params)]
+    return made, products, made.moments, made.state_dict()
+
+
 MODELS = {
+    "BlockTridiagonalChain": chain,
     "CurvatureMatrixVectorProductComputer": products,
     "FisherEstimator": estimator(kfac_xp.FisherEstimator),
     "KfacOptimizer": optimizer(kfac_xp.KfacOptimizer, learning_rate=0.1),

@@ -179,6 +179,22 @@ def test_what_is_not_finite_is_named_at_the_next_inverse_update(far):
             assert bool(place.xp.all(factor.cov == before[factor.name]))
 
 
+def test_a_chain_says_at_the_next_inverse_update_what_is_not_finite(far):
+    place, watch = far
+    made = kfac_xp.BlockTridiagonalChain({"a": place.normal(3, 2), "b": place.normal(2, 2)}, 0.1)
+    batch = {"a": (place.normal(4, 3), place.normal(4, 2))}
+    batch["b"] = place.normal(4, 2), place.normal(4, 2)
+    made.update_cov(batch, ema_decay=0.9)
+    before = made.moments["b"].input
+    made.update_cov(batch | {"a": (batch["a"][0] * float("nan"), batch["a"][1])}, ema_decay=0.9)
+    with pytest.raises(FloatingPointError, match=r"BlockTridiagonalChain were not finite"):
+        made.update_inverses()
+    made.update_inverses()
+    assert len(watch.reads) == 2
+    with watch.letting():
+        assert bool(place.xp.all(made.moments["b"].input == before))
+
+
 def test_mixed_devices_are_an_error_that_names_both(far):
     place, _ = far
     if place.xp.__name__.endswith("cupy"):

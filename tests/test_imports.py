@@ -26,7 +26,7 @@ ORDER = [
     ["configuration"],
     ["moments", "grouped_moments"],
     ["fisher_factors", "loss_functions"],
-    ["fisher_blocks"],
+    ["fisher_blocks", "block_tridiagonal"],
     ["layer_collection"],
     ["linearized_batch"],
     ["curvature_products", "op_queue"],

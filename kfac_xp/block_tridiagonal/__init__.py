@@ -1,0 +1,6 @@
+"""Block-tridiagonal K-FAC: chains of dense layers whose inverse couples neighbours."""
+
+from kfac_xp.block_tridiagonal.chain import BlockTridiagonalChain, ChainDecomposition
+from kfac_xp.block_tridiagonal.links import ChainMoments
+
+__all__ = ["BlockTridiagonalChain", "ChainDecomposition", "ChainMoments"]
