@@ -1,9 +1,9 @@
 """A block of a sum of outer products, made in vector registers: `ROWS` rows by one vector.
 
-What is multiplied lies at regular steps (`set_block`, `add_block`; `set_pair`, `add_pair` for two
-vectors) or where lists of positions say (`add_listed_block`, `add_listed_square` and their pairs).
-Compiled code that uses these intrinsics has their instructions in it; its cache on disk does not
-notice when this file changes.
+What is multiplied lies at regular steps (`set_block`; `set_pair` and `add_pair` for two vectors) or
+where lists of positions say (`add_listed_block`, `add_listed_square` and their pairs). Compiled code
+that uses these intrinsics has their instructions in it; its cache on disk does not notice when this
+file changes.
 """
 
 from __future__ import annotations
@@ -122,25 +122,23 @@ def _rows_from(code: _Code, row: Any) -> list[Any]:
     return [code.builder.gep(row, [ir.Constant(_INT64, r)]) for r in range(ROWS)]
 
 
-def _block_at_steps(kind: str) -> Any:
-    def block(typing_context, a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step):
-        """``out[r, :] (+)= sum_k a[k, r] * b[k, :]`` for ROWS rows and one vector of columns.
+@intrinsic
+def set_block(typing_context, a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step):
+    """``out[r, :] = sum_k a[k, r] * b[k, :]`` for ROWS rows and one vector of columns.
 
-        Arrays are contiguous and taken as flat: `at` is where a block begins, `step` leads from
-        one k to the next, or from one row of `out`. There is at least one k.
-        """
-        signature = types.void(a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step)
+    Arrays are contiguous and taken as flat: `at` is where a block begins, `step` leads from
+    one k to the next, or from one row of `out`. There is at least one k.
+    """
+    signature = types.void(a, a_at, a_step, b, b_at, b_step, count, out, out_at, out_step)
 
-        def generate(context, builder, signature, args):
-            code = _Code(context, builder, signature, args)
-            rows, columns = code.pointer(0, 1), [code.pointer(3, 4)]
-            (totals,) = _summed_at_steps(code, rows, args[2], columns, args[5], args[6])
-            code.store(totals, code.pointer(7, 8), args[9], kind)
-            return context.get_dummy_value()
+    def generate(context, builder, signature, args):
+        code = _Code(context, builder, signature, args)
+        rows, columns = code.pointer(0, 1), [code.pointer(3, 4)]
+        (totals,) = _summed_at_steps(code, rows, args[2], columns, args[5], args[6])
+        code.store(totals, code.pointer(7, 8), args[9], "set")
+        return context.get_dummy_value()
 
-        return signature, generate
-
-    return intrinsic(block)
+    return signature, generate
 
 
 def _pair_at_steps(kind: str) -> Any:
@@ -313,7 +311,6 @@ def _together(columns: list[Any]) -> list[list[Any]]:
     return [columns] if VECTOR_BYTES == 64 else [[column] for column in columns]
 
 
-set_block, add_block = _block_at_steps("set"), _block_at_steps("add")
 set_pair, add_pair = _pair_at_steps("set"), _pair_at_steps("add")
 add_listed_block, add_listed_pair = (_listed_blocks("add", n) for n in (1, 2))
 add_listed_square, add_squared_pair = (_listed_blocks("add square", n) for n in (1, 2))
