@@ -1,9 +1,9 @@
 """A block of a sum of outer products, made in vector registers: `ROWS` rows by one vector.
 
-What is multiplied lies at regular steps (`set_block`; `set_pair` and `add_pair` for two vectors) or
-where lists of positions say (`add_listed_block`, `add_listed_square` and their pairs). Compiled code
-that uses these intrinsics has their instructions in it; its cache on disk does not notice when this
-file changes.
+What is multiplied lies at regular steps (`set_block`; `set_pair` and `add_pair` for two vectors)
+or where lists of positions say (`add_listed_block`, `add_listed_square` and their pairs).
+Compiled code that uses these intrinsics has their instructions in it; its cache on disk does not
+notice when this file changes.
 """
 
 from __future__ import annotations
