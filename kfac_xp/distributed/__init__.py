@@ -1,0 +1,1 @@
+"""Training on several ranks: who keeps, inverts and applies what."""
