@@ -43,6 +43,46 @@ def as_generator(generator: Generator) -> np.random.Generator | DeviceGenerator:
     return generator
 
 
+class CaseSlice:
+    """Draws for some of the cases of a batch: made for all of them, of which these are kept.
+
+    So a rank sees the draws that one process would have made for its cases.
+
+    Parameters
+    ----------
+    generator
+        In the same state on all ranks.
+    start, total
+        Position of the first case, and number of cases of the whole batch.
+    """
+
+    def __init__(self, generator: np.random.Generator, start: int, total: int) -> None:
+        self._generator, self._start, self._total = generator, start, total
+
+    def uniform(self, shape: Sequence[int]) -> np.ndarray:
+        """Independent draws from [0, 1), the first axis of `shape` being cases."""
+        return self._kept(shape, self._generator.random((self._total, *shape[1:])))
+
+    def normal(self, shape: Sequence[int]) -> np.ndarray:
+        """Independent standard normal draws, the first axis of `shape` being cases."""
+        return self._kept(shape, self._generator.standard_normal((self._total, *shape[1:])))
+
+    def _kept(self, shape: Sequence[int], draws: np.ndarray) -> np.ndarray:
+        return draws[self._start : self._start + shape[0], ...]
+
+
+def for_cases(
+    generator: np.random.Generator | DeviceGenerator, start: int, total: int
+) -> CaseSlice | DeviceGenerator:
+    """Draws for the cases from `start` on of a batch of `total`: see `CaseSlice`.
+
+    A generator that draws on the device is returned as it is: each rank has its own.
+    """
+    if isinstance(generator, np.random.Generator):
+        return CaseSlice(generator, start, total)
+    return generator
+
+
 def uniform(generator: Generator, shape: Sequence[int], like: Array) -> Array:
     """Draws from [0, 1) of the library, dtype and device of `like`.
 
@@ -52,7 +92,8 @@ def uniform(generator: Generator, shape: Sequence[int], like: Array) -> Array:
     source = as_generator(generator)
     if isinstance(source, np.random.Generator):
         return _moved(source.random(tuple(shape)), like)
-    return source.uniform(tuple(shape))
+    draws = source.uniform(tuple(shape))
+    return _moved(draws, like) if isinstance(source, CaseSlice) else draws
 
 
 def normal(generator: Generator, shape: Sequence[int], like: Array) -> Array:
@@ -60,7 +101,8 @@ def normal(generator: Generator, shape: Sequence[int], like: Array) -> Array:
     source = as_generator(generator)
     if isinstance(source, np.random.Generator):
         return _moved(source.standard_normal(tuple(shape)), like)
-    return source.normal(tuple(shape))
+    draws = source.normal(tuple(shape))
+    return _moved(draws, like) if isinstance(source, CaseSlice) else draws
 
 
 def generate_random_signs(generator: Generator, shape: Sequence[int], like: Array) -> Array:

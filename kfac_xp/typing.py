@@ -43,6 +43,7 @@ PiType: TypeAlias = Literal["tracenorm", "frobenius", "largest_eigenvalue", "off
 Split: TypeAlias = Literal["pi", "exact"]
 Initial: TypeAlias = Literal["zeros", "identity"]
 TowerStrategy: TypeAlias = Literal["separate", "concat"]
+Triangles: TypeAlias = Literal["symmetric", "lower"]
 
 
 class Linearization(Protocol):

@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.backend import detached
+from kfac_xp.distributed import Communicator, Placement, PlacementStrategy, Shares, Team
 from kfac_xp.estimator.modes import ESTIMATION_MODES, Source, mode_cotangents
 from kfac_xp.estimator.products import BlockwiseProducts
+from kfac_xp.estimator.shared_statistics import (
+    cases_over_ranks,
+    sources_over_ranks,
+    start_mean,
+)
+from kfac_xp.estimator.shared_work import SharedWork
 from kfac_xp.estimator.sources import (
     data_of,
     params_grads_of,
     sources_from_arrays,
 )
 from kfac_xp.fisher_blocks import add_moments, average_in
-from kfac_xp.fisher_factors import FisherFactor, refresh_factors
+from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch
 from kfac_xp.params import map_vectors
-from kfac_xp.randomness import Generator, as_generator
+from kfac_xp.randomness import Generator, as_generator, for_cases
 from kfac_xp.representations import require_damping
 from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar
 
@@ -56,6 +63,16 @@ class FisherEstimator(BlockwiseProducts):
     seed
         Seed of the draws. An update's draws depend on the seed and on how many updates there have
         been, and on nothing else.
+    communicator
+        What connects this process with others that have other cases of each batch, such as
+        `MpiCommunicator`; None for a process on its own. All ranks must make the same calls. A
+        batch is then the cases of all ranks, in their order, and every rank's statistics are those
+        of the whole batch.
+    grad_worker_fraction
+        Part of the ranks that keep the powers of each layer and multiply by them: 1 for speed,
+        ``1 / number of ranks`` for memory. See `kfac_xp.distributed.place`.
+    placement_strategy
+        Which rank computes which powers: ``"greedy"`` by what they cost, or ``"round_robin"``.
 
     Raises
     ------
@@ -81,6 +98,9 @@ class FisherEstimator(BlockwiseProducts):
         compute_cholesky_inverse: bool = False,
         compute_params_stats: bool = False,
         seed: int = 0,
+        communicator: Communicator | None = None,
+        grad_worker_fraction: float = 1.0,
+        placement_strategy: PlacementStrategy = "greedy",
         name: str = "FisherEstimator",
     ) -> None:
         if estimation_mode not in ESTIMATION_MODES:
@@ -96,6 +116,8 @@ class FisherEstimator(BlockwiseProducts):
                 f"{estimation_mode!r}, which draws no targets."
             )
         require_damping("damping", damping)
+        team, names = Team(communicator), layer_collection.fisher_blocks
+        work = SharedWork(team, names, grad_worker_fraction, placement_strategy)
         layer_collection.finalize()
         self.name = name
         self.layers = layer_collection
@@ -109,6 +131,7 @@ class FisherEstimator(BlockwiseProducts):
         self.seed = seed
         self.num_cov_updates = 0
         self._params_stats: dict[str, Params] | None = None
+        self.team, self._work = team, work
         self._blocks = layer_collection.fisher_blocks
         for block in self._blocks.values():
             block.instantiate_factors([block.tensors_to_compute_grads()], damping)
@@ -128,6 +151,14 @@ class FisherEstimator(BlockwiseProducts):
     def needs_params_grads(self) -> bool:
         """True if sources must come with the gradients of the parameters."""
         return self.compute_params_stats or any(b.needs_params_grads for b in self.blocks)
+
+    @property
+    def placement(self) -> Placement:
+        """Which rank computes which powers, and which ranks keep them. ``print`` shows tables.
+
+        With several ranks, asking before the first inverse update is collective.
+        """
+        return self._work.placement
 
     @property
     def params_stats(self) -> dict[str, Params]:
@@ -187,35 +218,62 @@ class FisherEstimator(BlockwiseProducts):
             If a loss has no GGN and the mode asks for it.
         FloatingPointError
             If a statistic is not finite, where that can be read for free.
+        RankError
+            If another rank has raised. Statistics are unchanged on all ranks.
         """
+        weights = {"ema_decay": ema_decay, "ema_weight": ema_weight}
+        with self.team.agreement() as said:
+            if isinstance(statistics, Mapping):
+                inputs, sources = self._from_arrays(statistics)
+                said.say(self.num_cases(inputs))
+            else:
+                batch = LinearizedBatch(self.layers, statistics, targets)
+                inputs = batch.layer_inputs()
+                size = batch.num_cases if batch_size is None else batch_size
+                said.say(batch.num_cases, size)
+        shares = said.shares()
         if isinstance(statistics, Mapping):
-            if self.compute_params_stats:
-                raise ValueError(
-                    "`compute_params_stats` needs a model to ask for the gradients of the "
-                    "parameters; got arrays. Pass a linearised model, or make the estimator "
-                    "without it."
-                )
-            for name in statistics:
-                self._block(name)
-            inputs, sources = sources_from_arrays(statistics, self._blocks)
-            self.average_sources(inputs, sources, ema_decay=ema_decay, ema_weight=ema_weight)
-            return
-        batch = LinearizedBatch(self.layers, statistics, targets)
-        self.average_sources(
-            batch.layer_inputs(),
-            self.mode_sources(batch, generator),
-            ema_decay=ema_decay,
-            ema_weight=ema_weight,
-            batch_size=batch.num_cases if batch_size is None else batch_size,
-        )
+            self.average_sources(inputs, sources, shares, **weights)
+        else:
+            sources = self.mode_sources(batch, generator, shares)
+            divisor = said.shares(1).total
+            self.average_sources(inputs, sources, shares, batch_size=divisor, **weights)
+
+    def num_cases(self, inputs: Mapping[str, list[Any]]) -> int:
+        """Number of cases of ``{layer: inputs over towers}``: those of this rank."""
+        name, block = next(iter(self._blocks.items()))
+        return sum(block.num_cases(inputs[name]))
+
+    def _from_arrays(
+        self, statistics: Mapping[str, tuple[Any, Any]]
+    ) -> tuple[dict[str, list[Any]], Iterator[Source]]:
+        """Inputs over towers, and sources, of ``{layer: (inputs, outputs_grads)}``."""
+        if self.compute_params_stats:
+            raise ValueError(
+                "`compute_params_stats` needs a model to ask for the gradients of the "
+                "parameters; got arrays. Pass a linearised model, or make the estimator "
+                "without it."
+            )
+        for name in statistics:
+            self._block(name)
+        return sources_from_arrays(statistics, self._blocks)
 
     def mode_sources(
-        self, batch: LinearizedBatch, generator: Generator | None = None
+        self,
+        batch: LinearizedBatch,
+        generator: Generator | None = None,
+        shares: Shares | None = None,
     ) -> Iterator[Source]:
-        """The gradients of the estimation mode, one source at a time."""
+        """The gradients of the estimation mode, one source at a time.
+
+        With `shares` the draws of this rank's cases are those that one process would have made for
+        them: `generator` must be in the same state on all ranks.
+        """
         if generator is None:
             generator = np.random.default_rng([self.seed, self.num_cov_updates])
         generator = as_generator(generator)
+        if shares is not None and not self.team.is_alone:
+            generator = for_cases(generator, shares.before, int(shares.total))
         parameters = self.needs_params_grads
         for cotangents in mode_cotangents(batch, self.estimation_mode, generator, self.num_samples):
             yield Source(*batch.vjp(cotangents, parameters=parameters))
@@ -224,34 +282,49 @@ class FisherEstimator(BlockwiseProducts):
         self,
         inputs: Mapping[str, list[Array]],
         sources: Iterable[Source],
+        shares: Shares | None = None,
         *,
         ema_decay: Scalar | None = None,
         ema_weight: Scalar | None = None,
-        batch_size: int | None = None,
+        batch_size: float | None = None,
     ) -> None:
         """Average in ``{layer: inputs over towers}`` and the gradients of each source.
 
         Sources are consumed one at a time, and every factor takes one step of its average after
-        the last. `batch_size` is what `params_stats` are divided by.
+        the last. `shares` are the cases of all ranks, asked for if None; `batch_size` is what
+        `params_stats` are divided by. The moments of the inputs travel while sources are made.
         """
-        self._require_equal_towers(inputs)
+        team = self.team
+        with team.agreement() as said:
+            said.say(self.num_cases(inputs))
+            self._require_equal_towers(inputs)
+            of_inputs: dict[FisherFactor, Array] = {}
+            for name, block in self._blocks.items():
+                # A factor that several blocks share is averaged once.
+                of_inputs |= block.input_moments(inputs[name], of_inputs)
+        shares = said.shares() if shares is None else shares
+        ready = start_mean(team, of_inputs, shares)
+        inputs = cases_over_ranks(team, self._blocks, inputs, shares)
+        if self.needs_params_grads:
+            sources = sources_over_ranks(team, sources)
         moments: dict[FisherFactor, Array] = {}
-        for name, block in self._blocks.items():
-            # A factor that several blocks share is averaged once.
-            moments |= block.input_moments(inputs[name], moments)
         num_sources = 0
         stats: dict[str, Params] | None = None
-        for s, source in enumerate(sources):
-            num_sources += 1
-            if self.compute_params_stats:
-                grads = map_vectors(detached, params_grads_of(source))
-                stats = grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
-            new: dict[FisherFactor, Array] = {}
-            for name, block in self._blocks.items():
-                new |= block.source_moments(inputs[name], data_of(block, name, source), s, new)
-            add_moments(moments, new)
-        if num_sources == 0:
-            raise ValueError("there must be at least one source of gradients; got none.")
+        with team.agreement():
+            for s, source in enumerate(sources):
+                num_sources += 1
+                if self.compute_params_stats:
+                    grads = map_vectors(detached, params_grads_of(source))
+                    stats = (
+                        grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
+                    )
+                new: dict[FisherFactor, Array] = {}
+                for name, block in self._blocks.items():
+                    new |= block.source_moments(inputs[name], data_of(block, name, source), s, new)
+                add_moments(moments, new)
+            if num_sources == 0:
+                raise ValueError("there must be at least one source of gradients; got none.")
+        moments = ready() | start_mean(team, moments, shares)()
         decay = self.cov_ema_decay if ema_decay is None else ema_decay
         average_in(moments, ema_decay=decay, ema_weight=ema_weight)
         for name, block in self._blocks.items():
@@ -272,7 +345,7 @@ class FisherEstimator(BlockwiseProducts):
         FloatingPointError
             If statistics on a device were not finite since the last call, naming the factors.
         """
-        refresh_factors(self.factors)
+        self._work.update_inverses()
 
     # ------------------------------------------------------------------ state
 
@@ -294,10 +367,18 @@ class FisherEstimator(BlockwiseProducts):
             raise
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
-        """Statistics and, unless `powers` is False, the stored powers (stale as they are)."""
+        """Statistics and, unless `powers` is False, the stored powers (stale as they are).
+
+        With several ranks, all must ask, and all get the same: what any number of ranks, or a
+        process on its own, can continue from.
+        """
+        factors = {f.name: f.state_dict(powers=powers) for f in self.factors}
+        for factor, state in (self._work.powers_of_all() if powers else {}).items():
+            own = factors[factor.name].get("powers", {})
+            factors[factor.name]["powers"] = own | state
         return {
             "num_cov_updates": self.num_cov_updates,
-            "factors": {f.name: f.state_dict(powers=powers) for f in self.factors},
+            "factors": factors,
             "blocks": {name: block.own_state_dict() for name, block in self._blocks.items()},
         }
 
@@ -315,6 +396,7 @@ class FisherEstimator(BlockwiseProducts):
         for name, block in self._blocks.items():
             block.load_own_state_dict(state.get("blocks", {}).get(name, {}))
         self.num_cov_updates = int(state["num_cov_updates"])
+        self._work.forget_foreign()
 
     # ------------------------------------------------------------------ helpers
 

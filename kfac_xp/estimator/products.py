@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kfac_xp.estimator.shared_work import SharedWork
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection import LayerCollection
@@ -21,6 +22,7 @@ class BlockwiseProducts:
     layers: LayerCollection
     cov_ema_decay: Scalar
     _blocks: dict[str, FisherBlock]
+    _work: SharedWork
 
     @property
     def blocks(self) -> list[FisherBlock]:
@@ -54,7 +56,9 @@ class BlockwiseProducts:
     def multiply_matpower(self, exp: float, vectors: Vectors) -> dict[str, Params]:
         """Multiply by a power of the damped Fisher, block by block.
 
-        The result has the layers of `vectors` in their order.
+        The result has the layers of `vectors` in their order. With several ranks, `vectors` must
+        be the same on all of them, and so is the result: what was computed by inverse updates is
+        multiplied by on the ranks that keep it.
 
         Raises
         ------
@@ -63,7 +67,11 @@ class BlockwiseProducts:
         RuntimeError
             If `exp` is neither 1 nor one of the registered powers, or not computed yet.
         """
-        return {name: self._block(name).multiply_matpower(v, exp) for name, v in vectors.items()}
+        if exp == 1:  # of now, of which every rank has all
+            return {name: self._block(name).multiply(v) for name, v in vectors.items()}
+        return self._work.multiply(
+            vectors, lambda name, v: self._block(name).multiply_matpower(v, exp)
+        )
 
     def multiply_cholesky(self, vectors: Vectors, transpose: bool = False) -> dict[str, Params]:
         """Multiply by L, or its transpose, where ``L @ L.T`` is the damped Fisher.
@@ -76,7 +84,9 @@ class BlockwiseProducts:
             Without ``compute_cholesky=True``, or before the first inverse update.
         """
         self._require_registered("compute_cholesky")
-        return {n: self._block(n).multiply_cholesky(v, transpose) for n, v in vectors.items()}
+        return self._work.multiply(
+            vectors, lambda name, v: self._block(name).multiply_cholesky(v, transpose)
+        )
 
     def multiply_cholesky_inverse(
         self, vectors: Vectors, transpose: bool = False
@@ -89,9 +99,9 @@ class BlockwiseProducts:
             Without ``compute_cholesky_inverse=True``, or before the first inverse update.
         """
         self._require_registered("compute_cholesky_inverse")
-        return {
-            n: self._block(n).multiply_cholesky_inverse(v, transpose) for n, v in vectors.items()
-        }
+        return self._work.multiply(
+            vectors, lambda name, v: self._block(name).multiply_cholesky_inverse(v, transpose)
+        )
 
     def matrix(self, damping: Damping = 0.0, split: Split = "pi") -> CurvatureMatrix:
         """The block diagonal matrix of all registered layers: see `FisherBlock.matrix`.

@@ -1,6 +1,11 @@
 """Running second moments of layers: the factors that Fisher blocks are made of."""
 
-from kfac_xp.fisher_factors.base import FisherFactor, refresh_factors
+from kfac_xp.fisher_factors.base import (
+    FisherFactor,
+    follow,
+    refresh_factors,
+    refresh_powers,
+)
 from kfac_xp.fisher_factors.convolution import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
@@ -70,5 +75,7 @@ __all__ = [
     "moments_of_groups",
     "Side",
     "params_sources",
+    "follow",
     "refresh_factors",
+    "refresh_powers",
 ]

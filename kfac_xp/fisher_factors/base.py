@@ -27,7 +27,7 @@ from kfac_xp.representations import (
     Representation,
     refresh,
 )
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array, Scalar, Triangles
 
 _counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
@@ -227,6 +227,21 @@ class FisherFactor(MatrixFunctions):
         """How the stored powers were computed; empty where nothing is stored."""
         return {}
 
+    @property
+    def powers(self) -> Representation:
+        """What serves the powers."""
+        return self._powers
+
+    @property
+    def like(self) -> Array:
+        """A 0-d array of the library, device and dtype of the statistics."""
+        return self._like
+
+    @property
+    def triangles(self) -> Triangles | None:
+        """``"symmetric"`` if a moment is a symmetric matrix: half of it is all there is to send."""
+        return self._powers.statistics_triangles(self.moment.shape)
+
     # ------------------------------------------------------------------ bound data
 
     def batch_size(self, source: int = 0) -> int:
@@ -297,6 +312,11 @@ class FisherFactor(MatrixFunctions):
     @abc.abstractmethod
     def _sources(self, *args: Any, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
         """For each source, the moment's arguments of each tower, checked."""
+
+    @property
+    def followed(self) -> tuple[FisherFactor, ...]:
+        """The factors whose powers this one's statistics are made with."""
+        return ()
 
     def _follow(self) -> None:
         """After a refresh: take over what was computed for the factors that this one goes by."""
@@ -371,12 +391,30 @@ def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:
     """`update_inverses` of all factors, with one look at the device for all of them."""
-    items, factors = [], list(factors)
+    factors = list(factors)
+    refresh_powers(factors)
+    follow(factors)
+
+
+def refresh_powers(
+    factors: Iterable[FisherFactor], where: Callable[[FisherFactor], bool] = lambda factor: True
+) -> None:
+    """Recompute the powers of the factors for which `where` is true, and look at all of them.
+
+    The factors that go by others' powers take them over by `follow`.
+    """
+    items, watched = [], []
     for factor in factors:
         if factor._powers.needs_refresh:
             factor._value()  # says so if there is none yet
-        if factor._average is not None:
+        if factor._average is not None and where(factor):
             items.append((factor.label, factor._powers, factor._average))
-    refresh(items)
+        elif factor._average is not None:
+            watched.append((factor.label, factor._average))
+    refresh(items, watched)
+
+
+def follow(factors: Iterable[FisherFactor]) -> None:
+    """Let every factor take over what it needs of the powers of those that it goes by."""
     for factor in factors:
         factor._follow()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from kfac_xp.averages import is_finite
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
+from kfac_xp.fisher_factors.base import FisherFactor
 from kfac_xp.fisher_factors.convolution import ConvDiagonalFactor
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import FullyConnectedDiagonalFactor
@@ -109,6 +110,11 @@ class RotatedDiagonalFactor(DiagonalFactor):
         place = {"dtype": self._like.dtype, "device": device_of(self._like)}
         u_in, u_out = (xp.asarray(saved[side], **place) for side in ("input", "output"))
         self._basis, self._basis_updates = (u_in, u_out), int(saved["updates"])
+
+    @property
+    def followed(self) -> tuple[FisherFactor, ...]:
+        """The two factors whose eigenbasis S is in."""
+        return tuple(side.factor for side in self._sides)
 
     def _sources(self, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
         basis = self.basis

@@ -9,7 +9,7 @@ from typing import Any
 from kfac_xp.operators import LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.requests import Request
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array, Scalar, Triangles
 
 
 class Representation(abc.ABC):
@@ -49,6 +49,14 @@ class Representation(abc.ABC):
         self, request: Request, read_value: Callable[[], Array], owner: str
     ) -> tuple[Spectrum, Scalar]:
         """Spectrum of the covariance and the damping, as last computed; of now if not stored."""
+
+    def statistics_triangles(self, shape: tuple[int, ...]) -> Triangles | None:
+        """``"symmetric"`` if moments of this shape are symmetric matrices."""
+        return None
+
+    def stored_triangles(self, request: Request) -> Triangles | None:
+        """What the matrix stored for a request is: symmetric, lower triangular, or neither."""
+        return None
 
     @property
     def needs_refresh(self) -> bool:

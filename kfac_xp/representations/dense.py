@@ -23,7 +23,7 @@ from kfac_xp.representations.attempts import (
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import DampingKey, PowerCache, Request
 from kfac_xp.representations.solvers import Task
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array, Scalar, Triangles
 
 FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse", "eigenbasis", "eigen")
 """Kinds of requests that need the covariance alone."""
@@ -96,6 +96,16 @@ class Dense(Representation):
     def stored(self) -> list[Array]:
         """The matrix functions as last computed."""
         return list(self.cache.stored.values())
+
+    def statistics_triangles(self, shape: tuple[int, ...]) -> Triangles | None:
+        """A second moment is symmetric."""
+        return "symmetric"
+
+    def stored_triangles(self, request: Request) -> Triangles | None:
+        """Powers are symmetric; Cholesky factors and their inverses lower triangular."""
+        kinds: dict[str, Triangles] = {"matpower": "symmetric"}
+        kinds |= dict.fromkeys(("cholesky", "cholesky_inverse"), "lower")
+        return kinds.get(request.kind)
 
     def holders(self) -> list[Any]:
         """Itself and its table."""

@@ -17,7 +17,10 @@ from kfac_xp.state import to_numpy
 from kfac_xp.typing import Array
 
 
-def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
+def refresh(
+    items: Iterable[tuple[str, Representation, MovingAverage]],
+    watched: Iterable[tuple[str, MovingAverage]] = (),
+) -> None:
     """Recompute what is registered with each representation, reading one small array for all.
 
     Where a matrix does not pass its check, the next rung is tried, with a read of its own.
@@ -26,6 +29,8 @@ def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
     ----------
     items
         ``(name, representation, average)`` of each factor.
+    watched
+        Averages of which nothing is recomputed, but whose statistics must have been finite, too.
 
     Raises
     ------
@@ -37,7 +42,8 @@ def refresh(items: Iterable[tuple[str, Representation, MovingAverage]]) -> None:
     """
     items = list(items)
     todo = [(n, r, a) for n, r, a in items if isinstance(r, Dense) and r.needs_refresh]
-    flagged = [(name, a) for name, _, a in items if a.all_finite is not None]
+    averages = [*((name, average) for name, _, average in items), *watched]
+    flagged = [(name, average) for name, average in averages if average.all_finite is not None]
     ways = [_ways(rep, average.value) for _, rep, average in todo]
     work = [(rep, next(way)) for (_, rep, _), way in zip(todo, ways, strict=True)]
     attempts = attempt_together(work)

@@ -9,7 +9,7 @@ from kfac_xp.precision import exact_products
 from kfac_xp.representations.attempts import Eigen, Prepared
 from kfac_xp.representations.dense import Dense
 from kfac_xp.representations.requests import Kind, Request
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array, Scalar, Triangles
 
 
 class Lagged(Dense):
@@ -26,6 +26,10 @@ class Lagged(Dense):
         cov = super().initial_value(shape[1:], like)
         xp = array_namespace(cov)
         return xp.stack([cov, xp.zeros_like(cov)])
+
+    def statistics_triangles(self, shape: tuple[int, ...]) -> Triangles | None:
+        """The moment of each use with the one before is not symmetric."""
+        return "symmetric" if len(shape) == 2 else None
 
     def cov_of(self, value: Array) -> Array:
         """The covariance."""

@@ -18,7 +18,7 @@ from kfac_xp.options import FactorOptions
 from kfac_xp.representations.attempts import Eigen, Prepared, without_residual
 from kfac_xp.representations.dense import Dense
 from kfac_xp.representations.requests import Request
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array, Scalar, Triangles
 
 
 class SpatiallyUncorrelated(Dense):
@@ -48,6 +48,10 @@ class SpatiallyUncorrelated(Dense):
         cov = super().initial_value((shape[0], shape[0]), like)
         mean = xp.zeros((shape[0], 1), dtype=like.dtype, device=device_of(like))
         return xp.concat([cov, mean], axis=1)
+
+    def stored_triangles(self, request: Request) -> Triangles | None:
+        """What is stored has the mean's row and its corner beside the channels' matrix."""
+        return None
 
     def cov_of(self, value: Array) -> Array:
         """The covariance of the channels, centred."""
