@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class NcclCommunicator:
-    """Ranks with one GPU each: data goes by NCCL, from device to device on the current stream.
+    """Ranks with one GPU each: data goes by NCCL, from device to device.
 
-    Nothing waits for the GPU: what is started is put into CuPy's current stream, as everything
-    after it is. Counts, messages of errors and the id of the group go by MPI. Arrays that are not
-    CuPy's are sent by MPI.
+    Nothing waits for the GPU: what is started goes into a stream of its own, after what is in
+    CuPy's current stream by then, and waiting for it makes the current stream wait. Counts,
+    messages of errors and the id of the group go by MPI, as do arrays that are not CuPy's.
 
     Has been run on no GPU yet.
 
@@ -40,6 +40,7 @@ class NcclCommunicator:
         self, comm: MPI.Intracomm | None = None, *, abort_on_exception: bool = True
     ) -> None:
         try:
+            import cupy
             from cupy.cuda import nccl
         except ImportError as error:
             raise ImportError(
@@ -53,21 +54,21 @@ class NcclCommunicator:
         self._mpi = MpiCommunicator(comm, abort_on_exception=abort_on_exception)
         self._nccl = nccl
         self.rank, self.size = self._mpi.rank, self._mpi.size
+        self._stream = cupy.cuda.Stream(non_blocking=True)
         group = self._mpi.gather_objects(nccl.get_unique_id() if self.rank == 0 else None)[0]
         self._comm = nccl.NcclCommunicator(self.size, group, self.rank)
 
     def start_sum(self, buffer: Array) -> Wait:
-        """Put the sum over ranks into the stream (``ncclAllReduce``)."""
+        """Begin to add up the buffers of all ranks (``ncclAllReduce``)."""
         if not array_api_compat.is_cupy_array(buffer):
             return self._mpi.start_sum(buffer)
-        pointer = buffer.data.ptr
-        self._comm.allReduce(
-            pointer, pointer, buffer.size, self._type(buffer), self._nccl.NCCL_SUM, _stream()
-        )
-        return lambda: buffer
+        pointer, stream = buffer.data.ptr, self._after_current()
+        kind, total = self._type(buffer), self._nccl.NCCL_SUM
+        self._comm.allReduce(pointer, pointer, buffer.size, kind, total, stream)
+        return self._awaited(buffer)
 
     def start_gather(self, buffer: Array, counts: Sequence[int]) -> Wait:
-        """Put a broadcast of each rank's part into the stream, as one group of NCCL calls."""
+        """Begin to join the buffers of all ranks: a broadcast of each, as one group of calls."""
         if not array_api_compat.is_cupy_array(buffer):
             return self._mpi.start_gather(buffer, counts)
         import cupy
@@ -75,21 +76,23 @@ class NcclCommunicator:
         whole = cupy.empty((sum(counts),), dtype=buffer.dtype)
         starts = np.cumsum([0, *counts])
         whole[starts[self.rank] : starts[self.rank + 1]] = buffer
+        kind, stream = self._type(whole), self._after_current()
         self._nccl.groupStart()
         for root, count in enumerate(counts):
             if count:
                 part = whole[starts[root] : starts[root + 1]]
-                self._comm.bcast(part.data.ptr, count, self._type(whole), root, _stream())
+                self._comm.bcast(part.data.ptr, count, kind, root, stream)
         self._nccl.groupEnd()
-        return lambda: whole
+        return self._awaited(whole)
 
     def broadcast(self, buffer: Array, root: int = 0) -> Array:
-        """Put a broadcast into the stream (``ncclBcast``)."""
+        """The buffer of one rank, on all of them (``ncclBcast``)."""
         if not array_api_compat.is_cupy_array(buffer):
             return self._mpi.broadcast(buffer, root)
         result = buffer.copy()
-        self._comm.bcast(result.data.ptr, result.size, self._type(result), root, _stream())
-        return result
+        stream = self._after_current()
+        self._comm.bcast(result.data.ptr, result.size, self._type(result), root, stream)
+        return self._awaited(result)()
 
     def gather_numbers(self, row: np.ndarray) -> np.ndarray:
         """The rows of all ranks, by MPI."""
@@ -112,8 +115,21 @@ class NcclCommunicator:
         is_double = buffer.dtype == np.float64
         return int(self._nccl.NCCL_FLOAT64 if is_double else self._nccl.NCCL_FLOAT32)
 
+    def _after_current(self) -> int:
+        """The stream of this object, made to wait for what is in CuPy's current one."""
+        import cupy
 
-def _stream() -> int:
-    from cupy.cuda import get_current_stream
+        self._stream.wait_event(cupy.cuda.get_current_stream().record())
+        return int(self._stream.ptr)
 
-    return int(get_current_stream().ptr)
+    def _awaited(self, result: Array) -> Wait:
+        """The result, once CuPy's current stream is made to wait for it."""
+        import cupy
+
+        done = self._stream.record()
+
+        def wait() -> Array:
+            cupy.cuda.get_current_stream().wait_event(done)
+            return result
+
+        return wait

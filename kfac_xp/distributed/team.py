@@ -49,7 +49,7 @@ class Shares:
 
     @property
     def weight(self) -> float:
-        """This rank's part of the cases: exactly 1 if it is on its own."""
+        """The part of the cases that is this rank's: exactly 1 if it is on its own."""
         return self.counts[self.rank] / self.total
 
 

@@ -130,6 +130,7 @@ class FisherEstimator(BlockwiseProducts):
         self.compute_params_stats = compute_params_stats
         self.seed = seed
         self.num_cov_updates = 0
+        self._are_equal = False
         self._params_stats: dict[str, Params] | None = None
         self.team, self._work = team, work
         self._blocks = layer_collection.fisher_blocks
@@ -231,6 +232,7 @@ class FisherEstimator(BlockwiseProducts):
                 inputs = batch.layer_inputs()
                 size = batch.num_cases if batch_size is None else batch_size
                 said.say(batch.num_cases, size)
+        self.require_equal_ranks()
         shares = said.shares()
         if isinstance(statistics, Mapping):
             self.average_sources(inputs, sources, shares, **weights)
@@ -243,6 +245,32 @@ class FisherEstimator(BlockwiseProducts):
         """Number of cases of ``{layer: inputs over towers}``: those of this rank."""
         name, block = next(iter(self._blocks.items()))
         return sum(block.num_cases(inputs[name]))
+
+    def cases_of(self, statistics: Mapping[str, tuple[Any, Any]]) -> int:
+        """Number of cases in ``{layer: (inputs, outputs_grads)}``."""
+        return self.num_cases(self._from_arrays(statistics)[0])
+
+    def require_equal_ranks(self, settings: Mapping[str, Any] | None = None) -> None:
+        """Raise on all ranks, in the first update, unless layers and settings are the same.
+
+        Raises
+        ------
+        ValueError
+            Naming the ranks that differ from the first, and in what.
+        """
+        if self._are_equal or self.team.is_alone:
+            return
+        description = {
+            f"layer {name!r}": ", ".join(
+                [type(block).__name__]
+                + [f"{r} {f.moment.shape} {f.like.dtype}" for r, f in block.factors.items()]
+            )
+            for name, block in self._blocks.items()
+        }
+        own = ("estimation_mode", "num_samples", "seed", "compute_params_stats")
+        description |= {f"`{name}`": repr(getattr(self, name)) for name in own}
+        self.team.require_equal("layers and settings", description | dict(settings or {}))
+        self._are_equal = True
 
     def _from_arrays(
         self, statistics: Mapping[str, tuple[Any, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
-from kfac_xp.optimizer.info import PendingAdaptation, as_scalar, first_array
+from kfac_xp.optimizer.info import LossFn, PendingAdaptation, as_scalar, first_array
 from kfac_xp.optimizer.quadratic_model import quadratic_model
 from kfac_xp.optimizer.readable import ReadableOptimizer
 from kfac_xp.optimizer.settings import at
@@ -60,7 +60,6 @@ class DampedUpdates(ReadableOptimizer):
                 norm_constraint=self.norm_constraint,
             )
         assert data.curvature is not None
-        assert data.curvature_size is not None
         step = estimator.multiply_inverse(data.grads)
         products = CurvatureMatrixVectorProductComputer.from_batch(self.layers, data.curvature)
         model = quadratic_model(
@@ -70,7 +69,8 @@ class DampedUpdates(ReadableOptimizer):
             velocity,
             mat_type=self.mat_type,
             damping=self.damping,
-            batch_size=data.curvature_size,
+            batch_size=data.sizes.curvature.total,
+            team=estimator.team,
         )
         return qmodel_update(
             step,
@@ -102,21 +102,39 @@ class DampedUpdates(ReadableOptimizer):
         """Adapt the damping to this step's effect on the loss, or note what that will take."""
         assert data.loss_fn is not None
         assert self._state.qmodel_change is not None
-        loss = data.loss if self.use_passed_loss else data.loss_fn(data.params)
+        loss, like = data.loss, self._state.qmodel_change
+        if not self.use_passed_loss:
+            loss = self._mean_loss(data.loss_fn, data.params, data.sizes.batch.weight, like)
         if loss is None:
             raise ValueError(
                 "`loss` must be given with `grads` to adapt the damping. Pass it, or make the "
                 "optimizer with `use_passed_loss=False`, so that `loss_fn` is asked."
             )
-        before = as_scalar(loss, self._state.qmodel_change, "the loss")
-        pending = PendingAdaptation(before, self._state.qmodel_change, data.loss_fn)
+        before = as_scalar(loss, like, "the loss")
+        pending = PendingAdaptation(
+            before, self._state.qmodel_change, data.loss_fn, data.sizes.batch.weight
+        )
         if self.update_damping_immediately:
-            self._adapt_damping(pending, data.loss_fn(new_params))
+            self._adapt_damping(pending, new_params)
         else:
             self._state = replace(self._state, pending=pending)
 
-    def _adapt_damping(self, pending: PendingAdaptation, loss: Scalar) -> None:
+    def _adapt_damping(self, pending: PendingAdaptation, params: Vectors) -> None:
         like = pending.qmodel_change
-        change = as_scalar(loss, like, "what `loss_fn` returns") - pending.loss
+        change = self._mean_loss(pending.loss_fn, params, pending.weight, like) - pending.loss
         damping, rho = self._adaptation(as_scalar(self.damping, like), change, like)
         self._state = replace(self._state, damping=damping, rho=rho)
+
+    def _mean_loss(
+        self, loss_fn: LossFn | None, params: Vectors, weight: float, like: Array
+    ) -> Array:
+        """The mean loss over the cases of all ranks, of which this one has a part of `weight`."""
+        team = self.estimator.team
+        with team.agreement():
+            if loss_fn is None:
+                raise RuntimeError(
+                    "the loaded state waits for the loss of the batch before it was saved. Pass "
+                    "`loss_fn=` of that batch to `load_state_dict`."
+                )
+            loss = as_scalar(loss_fn(params), like, "what `loss_fn` returns")
+        return team.sums([loss], weight)[0]

@@ -70,11 +70,14 @@ class PendingAdaptation:
         The change that was predicted: 0-d.
     loss_fn
         The loss of that step's batch; None after loading a state, until it is given again.
+    weight
+        This rank's part of the cases of that batch.
     """
 
     loss: Array
     qmodel_change: Array
     loss_fn: LossFn | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,16 @@ class OptimizerState:
 
     @classmethod
     def from_state_dict(
-        cls, state: Mapping[str, Any], params: Vectors, loss_fn: LossFn | None
+        cls,
+        state: Mapping[str, Any],
+        params: Vectors,
+        loss_fn: LossFn | None,
+        weight: float = 1.0,
     ) -> OptimizerState:
-        """Inverse of `state_dict`, on the library and device of `params`."""
+        """Inverse of `state_dict`, on the library and device of `params`.
+
+        `loss_fn` and `weight` are of a pending adaptation.
+        """
         like = first_array(params)
         scalars = {
             name: as_scalar(state[name], like)
@@ -128,7 +138,7 @@ class OptimizerState:
         pending = None
         if "pending" in state:
             loss, change = (as_scalar(state["pending"][n], like) for n in ("loss", "qmodel_change"))
-            pending = PendingAdaptation(loss, change, loss_fn)
+            pending = PendingAdaptation(loss, change, loss_fn, weight)
         return cls(
             counter=int(state["counter"]),
             num_burnin=int(state.get("num_burnin", 0)),

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from kfac_xp.backend import detached
 from kfac_xp.damping import LevenbergMarquardt
+from kfac_xp.distributed import Communicator, PlacementStrategy
 from kfac_xp.estimator import FisherEstimator
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.linearized_batch import LinearizedBatch, require_layers
-from kfac_xp.optimizer.damped_updates import DampedUpdates
 from kfac_xp.optimizer.info import (
     LossFn,
     OptimizerState,
@@ -21,21 +20,22 @@ from kfac_xp.optimizer.info import (
 from kfac_xp.optimizer.settings import (
     DEFAULT_MOMENTUM,
     Period,
-    is_due,
     require_number,
     require_period,
     require_settings,
 )
-from kfac_xp.optimizer.step_data import StepData, gather
-from kfac_xp.optimizer.updates import (
-    norm,
+from kfac_xp.optimizer.stages import StepStages
+from kfac_xp.optimizer.step_data import (
+    StepData,
+    checked_gradient,
+    gradient_of_data,
+    start_mean_gradient,
 )
-from kfac_xp.params import map_vectors, scaled
 from kfac_xp.randomness import Generator
 from kfac_xp.typing import Params, Scalar, Schedule, Vectors
 
 
-class KfacOptimizer(DampedUpdates):
+class KfacOptimizer(StepStages):
     """Stochastic gradient descent preconditioned by K-FAC.
 
     With g the gradient of the mean loss, P the inverse of the damped Fisher, v the velocity, and
@@ -106,6 +106,13 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         `loss_fn` must be the very loss that is passed or registered, constants included.
     seed
         Seed of the draws of the estimation mode.
+    communicator, grad_worker_fraction, placement_strategy
+        As for `FisherEstimator`: training on several ranks, each with its own cases of every
+        batch. All must start from the same parameters and make the same calls; they then have the
+        same parameters after every step, those of one process with the cases of all ranks.
+    average_grads
+        With several ranks, whether `grads` and `loss` that are given to `step` are those of the
+        rank's own cases, to be averaged over all; False if the caller has done that.
 
     Raises
     ------
@@ -148,6 +155,10 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         include_damping_in_qmodel_change: bool = False,
         use_passed_loss: bool = True,
         seed: int = 0,
+        communicator: Communicator | None = None,
+        grad_worker_fraction: float = 1.0,
+        placement_strategy: PlacementStrategy = "greedy",
+        average_grads: bool = True,
     ) -> None:
         require_settings(
             momentum_type=momentum_type,
@@ -188,6 +199,7 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         self.update_damping_immediately = update_damping_immediately
         self.include_damping_in_qmodel_change = include_damping_in_qmodel_change
         self.use_passed_loss = use_passed_loss
+        self.average_grads = average_grads
         self._state = OptimizerState()
         self.estimator = FisherEstimator(
             layers,
@@ -197,6 +209,9 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             num_samples=num_samples,
             compute_params_stats=compute_params_stats,
             seed=seed,
+            communicator=communicator,
+            grad_worker_fraction=grad_worker_fraction,
+            placement_strategy=placement_strategy,
         )
 
     # ------------------------------------------------------------------ steps
@@ -231,7 +246,7 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             those of the loss summed over cases. Read only on steps that update the statistics.
         grads, loss
             The gradient of the mean loss, and that loss, in place of what the model and its
-            losses give.
+            losses give. With several ranks, see `average_grads`.
         loss_fn
             The mean loss on this batch as a function of the parameters: ``loss_fn(params)``.
             Called when the damping is adapted, and only then.
@@ -243,7 +258,8 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         batch_size
             What sums over cases are divided by: the number of cases unless given.
         generator
-            A seed, NumPy generator or device generator for the draws of this step.
+            A seed, NumPy generator or device generator for the draws of this step; with several
+            ranks the same on all of them.
 
         Returns
         -------
@@ -257,30 +273,44 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             If the model has no ``jvp`` and the settings need one.
         FloatingPointError
             If a gradient or a statistic is not finite, where that can be read for free.
+        RankError
+            If another rank has raised. All ranks are as they were, then.
         """
-        self._require_arguments(params, net, statistics, grads, loss_fn, curvature_net)
-        batch = None if net is None else LinearizedBatch(self.layers, net, targets)
-        curvature = batch
-        if curvature_net is not None:
-            curvature = LinearizedBatch(self.layers, curvature_net, curvature_targets)
-        if curvature is not None and self._by_model:
-            curvature.require_member("jvp")
+        team = self.estimator.team
         with self._unchanged_on_error():
+            with team.agreement() as said:
+                self._require_arguments(params, net, statistics, grads, loss_fn, curvature_net)
+                batch = None if net is None else LinearizedBatch(self.layers, net, targets)
+                curvature = batch
+                if curvature_net is not None:
+                    curvature = LinearizedBatch(self.layers, curvature_net, curvature_targets)
+                if curvature is not None and self._by_model:
+                    curvature.require_member("jvp")
+                self._say(said, batch, curvature, statistics, batch_size)
+            sizes = self._sizes(said, params)
             if self._state.num_burnin < self.num_burnin_steps:
-                return self._burn_in(params, batch, targets, statistics, batch_size, generator)
+                return self._burn_in(params, batch, targets, statistics, sizes, generator)
             self.maybe_pre_update_adapt_damping(params)
-            data = gather(
-                self.layers,
+            sources, weight = None, sizes.batch.weight if self.average_grads else None
+            with team.agreement():
+                if grads is None:
+                    assert batch is not None
+                    source, grads, loss = gradient_of_data(batch, sizes.batch.total)
+                    sources, weight = [source], 1.0
+                part = checked_gradient(grads, params, self.layers)
+            data = StepData(
                 params,
                 batch,
                 curvature,
                 statistics,
-                grads,
-                loss,
                 loss_fn,
-                batch_size,
                 generator,
+                sizes,
+                start_mean_gradient(team, part, loss, weight),
+                sources,
             )
+            if team.is_alone:
+                data.require_finite()
             return self._updated(data)
 
     def maybe_pre_update_adapt_damping(self, params: Vectors) -> None:
@@ -292,19 +322,18 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         pending = self._state.pending
         if pending is None:
             return
-        if pending.loss_fn is None:
-            raise RuntimeError(
-                "the loaded state waits for the loss of the batch before it was saved. Pass "
-                "`loss_fn=` of that batch to `load_state_dict`."
-            )
         with self._unchanged_on_error():
-            self._adapt_damping(pending, pending.loss_fn(params))
+            self._adapt_damping(pending, params)
             self._state = replace(self._state, pending=None)
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
-        """Everything that continuing needs: counters, velocity, damping, statistics, powers."""
+        """Everything that continuing needs: counters, velocity, damping, statistics, powers.
+
+        With several ranks, all must ask, and all get the same: one of them saves it, and any
+        number of ranks can continue from it.
+        """
         return self._state.state_dict() | {"estimator": self.estimator.state_dict(powers=powers)}
 
     def load_state_dict(
@@ -313,109 +342,14 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         """Continue from `state_dict`; `params` gives the form of the velocity.
 
         `loss_fn` is that of the last step before saving, which a function cannot be saved with:
-        needed if the state waits to adapt the damping (`update_damping_immediately` is False).
+        needed if the state waits to adapt the damping (`update_damping_immediately` is False). Of
+        several ranks each gives that of its cases, which count as equally many.
         """
         require_layers("params", params, self.layers)
         with self.estimator.unchanged_on_error():
             self.estimator.load_state_dict(state["estimator"])
-            self._state = OptimizerState.from_state_dict(state, params, loss_fn)
-
-    # ------------------------------------------------------------------ one step
-
-    def _updated(self, data: StepData) -> tuple[dict[str, Params], StepInfo]:
-        """One step on checked data: statistics, inverses, update, damping."""
-        state, damping = self._state, self.damping
-        update_cov = is_due(self.cov_update_every, state.counter)
-        update_inverses = is_due(self.invert_every, state.counter)
-        if update_cov:
-            self._update_cov(data)
-        if update_inverses:
-            self.estimator.update_inverses()
-        update = self._update(data)
-        adapts = self.adapt_damping and self._adaptation.is_due(state.counter)
-        if adapts and update.qmodel_change is None:
-            update = replace(update, qmodel_change=self._predicted_change(update, data))
-        old = map_vectors(detached, data.params)
-        change = self._with_weight_decay(update.direction, old)
-        if update.rate != 1.0:
-            change = scaled(update.rate, change)
-        new_params = map_vectors(lambda w, c: w - c, old, change)
-        momentum = update.mu if self._momentum is None else self.momentum
-        rate = update.rate if update.alpha is None else -update.alpha * update.rate
-        self._state = replace(
-            state,
-            velocity=update.velocity,
-            alpha=update.alpha,
-            mu=update.mu,
-            qmodel_change=(
-                state.qmodel_change if update.qmodel_change is None else update.qmodel_change
-            ),
-        )
-        if adapts:
-            self._measure(data, new_params)
-        self._state = replace(self._state, counter=state.counter + 1)
-        info = StepInfo(
-            step=state.counter,
-            loss=data.loss,
-            learning_rate=rate,
-            momentum=momentum,
-            damping=damping,
-            clip=update.clip,
-            updated_cov=update_cov,
-            updated_inverses=update_inverses,
-            rho=self.rho,
-            qmodel_change=self.qmodel_change,
-            gradient_norm=norm(data.grads),
-            update_norm=norm(change),
-        )
-        return new_params, info
-
-    def _update_cov(self, data: StepData) -> None:
-        estimator = self.estimator
-        batch = data.curvature
-        if batch is None:
-            assert data.statistics is not None
-            estimator.update_cov(data.statistics)
-            return
-        # The data's own cotangents have been sent already; they are what `empirical` needs.
-        has_sent = data.sources is not None and batch is data.batch
-        reusable = has_sent and estimator.estimation_mode == "empirical"
-        sources = data.sources if reusable else estimator.mode_sources(batch, data.generator)
-        assert sources is not None
-        estimator.average_sources(batch.layer_inputs(), sources, batch_size=data.curvature_size)
-
-    def _burn_in(
-        self,
-        params: Vectors,
-        batch: LinearizedBatch | None,
-        targets: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None,
-        batch_size: int | None,
-        generator: Generator | None,
-    ) -> tuple[dict[str, Params], StepInfo]:
-        """Average the batch into a plain mean of the statistics; no step."""
-        n = self._state.num_burnin
-        plain = not self.layers.options.zero_debias  # otherwise weights are divided by their sum
-        decay, weight = (n / (n + 1), 1 / (n + 1)) if plain else (1.0, 1.0)
-        loss = None
-        if batch is None:
-            assert statistics is not None
-            self.estimator.update_cov(statistics, ema_decay=decay, ema_weight=weight)
-        else:
-            cases = batch.num_cases if batch_size is None else batch_size
-            loss = None if targets is None else batch.loss() / cases
-            self.estimator.average_sources(
-                batch.layer_inputs(),
-                self.estimator.mode_sources(batch, generator),
-                ema_decay=decay,
-                ema_weight=weight,
-                batch_size=cases,
-            )
-        self._state = replace(self._state, num_burnin=n + 1)
-        info = StepInfo(
-            self.counter, loss, None, None, self.damping, 1.0, True, False, is_burnin=True
-        )
-        return map_vectors(detached, params), info
+            weight = 1 / self.estimator.team.size
+            self._state = OptimizerState.from_state_dict(state, params, loss_fn, weight)
 
     # ------------------------------------------------------------------ helpers
 
@@ -428,36 +362,3 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         except BaseException:
             self._state = before
             raise
-
-    def _require_arguments(
-        self,
-        params: Vectors,
-        net: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None,
-        grads: Vectors | None,
-        loss_fn: LossFn | None,
-        curvature_net: Any,
-    ) -> None:
-        if curvature_net is not None and net is None:
-            raise ValueError(
-                "`curvature_net` is part of the batch of `net`, which must be given, too. With "
-                "`statistics`, leave cases out of those."
-            )
-        if (net is None) == (statistics is None):
-            raise ValueError(
-                "pass either `net` (a linearised model) and `targets`, or `statistics` and "
-                f"`grads`; got {'neither' if net is None else 'both'}."
-            )
-        if statistics is not None and grads is None:
-            raise ValueError("`grads` must be given with `statistics`: there is no model to ask.")
-        if net is None and self._by_model:
-            raise ValueError(
-                f"`net` must be given with `momentum_type={self.momentum_type!r}`, whose quadratic "
-                "model multiplies by the model's Jacobian. Use 'regular' or 'adam'."
-            )
-        if self.adapt_damping and loss_fn is None:
-            raise ValueError(
-                "`loss_fn` must be given if `adapt_damping` is True: a function of the parameters "
-                "that returns the mean loss on this batch."
-            )
-        require_layers("params", params, self.layers)

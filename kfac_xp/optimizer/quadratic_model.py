@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
+from kfac_xp.distributed import Team
 from kfac_xp.optimizer.info import as_scalar, first_array, scalar_dtype
 from kfac_xp.params import inner_products
 from kfac_xp.typing import Array, Scalar, Vectors
@@ -99,13 +100,14 @@ def quadratic_model(
     *,
     mat_type: str,
     damping: Scalar,
-    batch_size: int,
+    batch_size: float,
+    team: Team,
 ) -> QuadraticModel:
     """The model of the mean loss in the plane of a step p and of the last update, ``u = -v``.
 
     The curvature is the exact Fisher on this batch, or, if `mat_type` is "GGN" or
     "Empirical_Fisher", the GGN (the Fisher of losses that have none). One ``jvp`` for each of p
-    and u; scalars are float64 where that exists.
+    and u; scalars are float64 where that exists. The curvature is summed over ranks.
     """
     multiply = (
         products.multiply_fisher_factor_transpose
@@ -114,7 +116,8 @@ def quadratic_model(
     )
     like = first_array(grads)
     vectors = [step] if velocity is None else [step, velocity]
-    images = [multiply(vector) for vector in vectors]
+    with team.agreement():
+        images = [multiply(vector) for vector in vectors]
     # The products are those of v; u = -v changes the signs of the mixed ones.
     pairs = [(0, 0), (0, 1), (1, 1)][: 2 * len(vectors) - 1]
     signs = (1, -1, 1)
@@ -122,7 +125,7 @@ def quadratic_model(
     xp = array_namespace(like)
     # Rounding of the inner products, whose rows are summed in the dtype of the vectors.
     tolerance = max(64 * float(xp.finfo(xp.float64).eps), float(xp.finfo(like.dtype).eps))
-    curvature = inner_products(images, pairs, dtype)
+    curvature = team.sums(inner_products(images, pairs, dtype))
     with_grads = [(len(vectors), i) for i in range(len(vectors))]
     entries = inner_products([*vectors, grads], [*pairs, *with_grads], dtype)
     return QuadraticModel(

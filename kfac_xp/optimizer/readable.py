@@ -90,6 +90,22 @@ class ReadableOptimizer:
         """The last change of the mean loss that was predicted."""
         return self._state.qmodel_change
 
+    @property
+    def described(self) -> dict[str, str]:
+        """Every setting in words, to be compared between ranks: functions by their name alone."""
+        settings = {
+            "learning_rate": self._learning_rate,
+            "damping": self._damping,
+            "momentum": self._momentum,
+            "damping adaptation": self._adaptation,
+        }
+        settings |= {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return {
+            f"`{name}`": getattr(value, "__name__", None) or repr(value)
+            for name, value in settings.items()
+            if name != "estimator"
+        }
+
     # ------------------------------------------------------------------ the reference's "ops"
 
     def get_cov_vars(self) -> list[Array]:
