@@ -17,7 +17,10 @@ from benchmarks.scaling import (
     Training,
     predict,
 )
-from benchmarks.scaling.__main__ import ASSUMED, RANKS, document, llama2_7b, main, resnet50
+from benchmarks.scaling.__main__ import ASSUMED, RANKS, llama2_7b, main, resnet50
+from benchmarks.scaling.model import fused
+from kfac_xp.distributed import Form
+from kfac_xp.distributed.buffers import buckets
 
 RESULT = Path(__file__).parent.parent / "benchmarks/results/scaling-on-paper-2026-11-21.md"
 HALF = Strategy(Fraction(1, 2))
@@ -71,51 +74,78 @@ def test_rates():
     assert predict(LAYERS, machine, 4, COMM_OPT, eigh).inversion == 9 * 8 / 16
 
 
-def test_messages():
-    # A ring of 4: 6 times a latency and a quarter of 12 bytes, and of 4 + 2 + 5.
+def test_sums():
+    # A ring of 4: 6 times a latency and a quarter of 12 bytes; of 3 + 1, then of 1 + 5 + 1.
     for machine, latency in ((UNIT, 0), (LATE, 1)):
         for strategy in (ALONE, COMM_OPT, HALF, MEM_OPT):
             cost = predict(LAYERS, machine, 4, strategy, EVERY)
             assert cost.gradients == 6 * (latency + 3)
-            assert cost.triangles == 6 * (latency + 11 / 4)
-    # Triangles of 3, 1, 1, 1 entries, each from another rank to 4: two levels of a tree, or 5
-    # messages that move 3/2 of the bytes.
-    assert predict(LAYERS, UNIT, 4, COMM_OPT, EVERY).inverses == 1.5 * (3 + 1 + 1 + 1)
-    assert predict(LAYERS, LATE, 4, COMM_OPT, EVERY).inverses == 2 * (4 + 2 + 2 + 2)
-    # Gradients of 2 bytes and 1 from their worker to 4.
-    assert predict(LAYERS, UNIT, 4, MEM_OPT, EVERY).directions == 1.5 * (2 + 1)
-    assert predict(LAYERS, LATE, 4, MEM_OPT, EVERY).directions == 2 * (3 + 2)
-    # In pairs a message is a message. The first group sends 3 bytes and 1.
+            assert cost.triangles == 6 * (2 * latency + 11 / 4)
+
+
+def test_gathering():
+    # Triangles of 3, 1, 1, 1 entries, each on another of 4 ranks: the second receives 5.
+    assert predict(LAYERS, UNIT, 4, COMM_OPT, EVERY).inverses == 5
+    assert predict(LAYERS, LATE, 4, COMM_OPT, EVERY).inverses == 3 + 5
+    # Gradients of 2 bytes and 1 from their workers: the others receive 3.
+    assert predict(LAYERS, UNIT, 4, MEM_OPT, EVERY).directions == 3
+    assert predict(LAYERS, LATE, 4, MEM_OPT, EVERY).directions == 3 + 3
+    # In pairs: 3 bytes for 1, 2 for 1.
     half = predict(LAYERS, LATE, 4, HALF, EVERY)
+    assert (half.inverses, half.directions) == (1 + 3, 1 + 2)
+    for strategy, name in ((MEM_OPT, "inverses"), (COMM_OPT, "directions"), (ALONE, "inverses")):
+        for exchange in ("gather", "broadcasts"):
+            training = replace(EVERY, exchange=exchange)
+            assert getattr(predict(LAYERS, LATE, 4, strategy, training), name) == 0
+
+
+def test_broadcasts():
+    training = replace(EVERY, exchange="broadcasts")
+    # To 4: two levels of a tree, or 5 messages that move 3/2 of the bytes.
+    assert predict(LAYERS, UNIT, 4, COMM_OPT, training).inverses == 1.5 * (3 + 1 + 1 + 1)
+    assert predict(LAYERS, LATE, 4, COMM_OPT, training).inverses == 2 * (4 + 2 + 2 + 2)
+    assert predict(LAYERS, UNIT, 4, MEM_OPT, training).directions == 1.5 * (2 + 1)
+    assert predict(LAYERS, LATE, 4, MEM_OPT, training).directions == 2 * (3 + 2)
+    half = predict(LAYERS, LATE, 4, HALF, training)
     assert (half.inverses, half.directions) == (4 + 2, 3 + 2)
-    assert predict(LAYERS, LATE, 4, MEM_OPT, EVERY).inverses == 0
-    assert predict(LAYERS, LATE, 4, COMM_OPT, EVERY).directions == 0
-    assert predict(LAYERS, LATE, 4, ALONE, EVERY).inverses == 0
+    # 3 bytes as 2 and 1.
+    small = replace(training, bucket_bytes=2)
+    assert predict(LAYERS, LATE, 4, COMM_OPT, small).inverses == 2 * (3 + 2 + 2 + 2 + 2)
 
 
 def test_buckets():
-    # 12 bytes in messages of 5, 5 and 2.
+    # Gradients of 2, 5, 1, 4 bytes: 2; 5; 1 and 4. Triangles: 3 and 1; 1; 5; 1.
     cost = predict(LAYERS, LATE, 4, COMM_OPT, replace(EVERY, bucket_bytes=5))
     assert cost.gradients == 3 * 6 + 18
-    assert cost.buckets_bytes == 5
-    # 12 in messages of 6: no third one.
-    cost = predict(LAYERS, LATE, 4, COMM_OPT, replace(EVERY, bucket_bytes=6))
-    assert cost.gradients == 2 * 6 + 18
+    assert cost.triangles == 4 * 6 + 16.5
+    # 5 bytes are too large for a bucket, and go by themselves.
+    cost = predict(LAYERS, LATE, 4, COMM_OPT, replace(EVERY, bucket_bytes=4))
+    assert cost.gradients == 4 * 6 + 18
+
+
+def test_messages_are_those_of_the_library(rng):
+    for _ in range(20):
+        sizes = [int(n) for n in rng.integers(1, 40, size=12)]
+        forms = [Form((n,), "float32") for n in sizes]
+        sent = [sum(4 * sizes[i] for i in group) for group in buckets(forms, 200)]
+        assert fused([4 * n for n in sizes], 200) == sent
 
 
 def test_memory():
     for strategy, served in ((ALONE, 7), (COMM_OPT, 7), (HALF, 5), (MEM_OPT, 5)):
         cost = predict(LAYERS, UNIT, 4, strategy, replace(EVERY, itemsize=2))
-        assert cost.averages_bytes == 2 * (4 + 1 + 1 + 1 + 5)
+        assert cost.averages_bytes == 2 * 12
         assert cost.served_bytes == 2 * served
-        assert cost.buckets_bytes == 2 * 12
-        assert cost.bytes == 2 * (12 + served + 12)
+        assert cost.transient_bytes == 2 * (12 + 11)
+        assert cost.bytes == 2 * (12 + served + 23)
+    wide = [*LAYERS, Layer("embeddings", "excluded", 9, 9, 81, 0)]
+    assert predict(wide, UNIT, 4, MEM_OPT, EVERY).transient_bytes == 12 + 81
 
 
 def test_eigenvectors():
     cost = predict(LAYERS, UNIT, 4, COMM_OPT, replace(EVERY, method="eigh"))
     assert (cost.inversion, cost.preconditioning) == (72, 32)
-    assert cost.inverses == 1.5 * (6 + 2 + 2 + 2)  # whole, with the eigenvalues
+    assert cost.inverses == 6 + 2 + 2  # whole, with the eigenvalues
     assert cost.served_bytes == 6 + 2 + 2 + 2
 
 
@@ -127,15 +157,16 @@ def test_schedules_and_sums():
     assert (cost.inversion, cost.inverses) == (often.inversion / 4, often.inverses / 4)
     assert (cost.preconditioning, cost.directions) == (often.preconditioning, often.directions)
     assert often.sgd_seconds == 108 + 24
-    assert often.seconds == 108 + 24 + 44 + 22.5 + 8 + 6 + 12 + 5
+    assert often.seconds == 108 + 24 + 44 + 28.5 + 8 + 4 + 12 + 3
 
 
 def test_one_rank_sends_nothing():
     cost = predict(LAYERS, LATE, 1, COMM_OPT, EVERY)
     assert cost.gradients == cost.triangles == cost.inverses == cost.directions == 0
-    assert cost.buckets_bytes == 0
+    assert cost.transient_bytes == 12
     assert cost.inversion == 11
-    assert predict(LAYERS[1::2], LATE, 2, MEM_OPT, EVERY).served_bytes == 0
+    without = predict(LAYERS[1::2], LATE, 2, MEM_OPT, EVERY)
+    assert without.served_bytes == without.directions == without.inversion == 0
     with pytest.raises(ValueError, match="`grad_worker_fraction`"):
         predict(LAYERS, UNIT, 3, HALF, EVERY)
 
@@ -164,8 +195,10 @@ def test_memory_is_least_with_one_worker():
 
 def test_the_program_writes_what_is_in_the_results(tmp_path, capsys):
     main(["--markdown", str(tmp_path / "found.md")])
-    text = document()
-    assert capsys.readouterr().out == text
+    text = capsys.readouterr().out
     assert (tmp_path / "found.md").read_text().endswith(text)
     assert text in RESULT.read_text()
-    assert "eigenvectors 9 n^3" in document("eigh")
+    main(["--method", "eigh", "--exchange", "broadcasts"])
+    other = capsys.readouterr().out
+    assert "eigenvectors 9 n^3" in other
+    assert "one rank after the other" in other

@@ -14,35 +14,38 @@ time for passes over arrays.
 forward and backward
     ``6 N T a g`` flops, without attention's own products.
 gradients
-    All-reduced in every step, ``e * parameters`` bytes. A ring: ``2 (p - 1) (L + bytes / (p B))``
-    for each bucket.
+    All-reduced in every step, e bytes a parameter, in buckets. A ring: ``2 (p - 1) (L + bytes /
+    (p B))`` for each bucket. A layer larger than a bucket is a message by itself.
 statistics
     ``2 N T (a^2 + g^2)`` flops and 2 C, as products of two matrices. Every `cov_update_every`
     steps.
 triangles
-    Then all-reduced: ``e (a (a + 1) + g (g + 1)) / 2`` bytes, or e for each parameter of a
-    diagonal layer, in buckets. Every rank keeps every average.
+    Then all-reduced likewise, first of all inputs, then of all gradients: ``e a (a + 1) / 2`` and
+    ``e g (g + 1) / 2`` bytes, or e for each parameter of a diagonal layer. Every rank keeps every
+    average.
 inversion
     ``n^3`` flops by Cholesky, or ``9 n^3`` by eigenvectors, and C, for every factor that a rank
     was given; the rank that takes the longest decides. Every `invert_every` steps.
 inverses
-    Then broadcast within their worker groups: ``e n (n + 1) / 2`` bytes, or ``e (n^2 + n)`` with
-    eigenvectors, each rank's fused into buckets, the ranks of a group one after the other; the
-    group that takes the longest decides.
+    Then exchanged within each worker group, ``e n (n + 1) / 2`` bytes, or ``e (n^2 + n)`` with
+    eigenvectors; the group that takes the longest decides.
 preconditioning
     ``2 a g (a + g)`` flops and 2 C, by eigenvectors twice that, of the layers of a rank's group;
     the group that takes the longest decides. In every step.
 directions
-    The preconditioned gradients, ``e a g`` bytes, broadcast in every step among the ``p / w``
-    ranks of a row, fused by worker into buckets, the workers of a row one after the other; all
-    rows take the same time.
+    The preconditioned gradients, ``e a g`` bytes, exchanged in every step among the ``p / w``
+    ranks of a row; all rows take the same time.
 
-A broadcast to q ranks takes the less of a tree, ``d (L + bytes / B)`` with d = ceil(log2 q), and
-of scattering and gathering, ``(d + q - 1) L + 2 (q - 1) / q * bytes / B``, for each bucket.
+An exchange among q ranks is one all-gather, ``(q - 1) L + bytes / B`` with the bytes that the rank
+with the least of its own receives. The library does it so. Instead (``exchange="broadcasts"``) the
+ranks may broadcast one after the other, each in buckets: a tree ``d (L + bytes / B)`` with d =
+ceil(log2 q), or scattering and gathering, ``(d + q - 1) L + 2 (q - 1) / q * bytes / B``, whichever
+is less. Agreements before exchanges, of some numbers, are left out.
 
 Memory is that of K-FAC alone: averages, ``e (a^2 + g^2)`` of all layers and e for each parameter
-of a diagonal one; served matrices, ``e (a^2 + g^2)`` of a group's layers; one bucket. Parameters,
-gradients, activations and momenta come on top and are the same for all.
+of a diagonal one; served matrices, ``e (a^2 + g^2)`` of a group's layers; and for a moment as much
+as the averages for a batch's statistics and all their messages, or all messages of gradients.
+Parameters, gradients, activations and momenta come on top and are the same for all.
 
 "Every rank alone" is data parallelism without sharing: each inverts everything.
 """

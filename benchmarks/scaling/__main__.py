@@ -14,6 +14,7 @@ from benchmarks.scaling.model import (
     ALONE,
     COMM_OPT,
     MEM_OPT,
+    Exchange,
     Layer,
     Machine,
     Method,
@@ -74,7 +75,7 @@ PROBLEMS = {
     "ResNet-50, 32 images of 224 x 224 a rank": (resnet50, Training()),
     "Llama-2-7B, a sequence of 4096 tokens a rank": (
         llama2_7b,
-        Training(batch_per_rank=1, bucket_bytes=512_000_000),
+        Training(batch_per_rank=1),
     ),
 }
 
@@ -93,7 +94,7 @@ COLUMNS = {
 
 def table(layers: Sequence[Layer], machine: Machine, training: Training) -> Iterator[str]:
     """Markdown: milliseconds of a step, its ratio to one without curvature, gigabytes a rank."""
-    titles = ["ranks", "placement", *COLUMNS, "ratio", "averages", "served", "all"]
+    titles = ["ranks", "placement", *COLUMNS, "ratio", "averages", "served", "transient", "all"]
     yield f"| {' | '.join(titles)} |"
     yield "|" + "---|" * len(titles)
     for ranks in RANKS:
@@ -102,7 +103,7 @@ def table(layers: Sequence[Layer], machine: Machine, training: Training) -> Iter
                 continue  # it is MEM-OPT
             cost = predict(layers, machine, ranks, strategy, training)
             times = [digits(1e3 * getattr(cost, name)) for name in COLUMNS.values()]
-            sizes = (cost.averages_bytes, cost.served_bytes, cost.bytes)
+            sizes = (cost.averages_bytes, cost.served_bytes, cost.transient_bytes, cost.bytes)
             memory = [digits(size / 1e9) for size in sizes]
             ratio = f"{cost.seconds / cost.sgd_seconds:.2f}"
             yield f"| {' | '.join([str(ranks), strategy.name, *times, ratio, *memory])} |"
@@ -131,13 +132,15 @@ def assumptions(machine: Machine, method: Method) -> str:
     )
 
 
-def document(method: Method = "cholesky") -> str:
+def document(method: Method = "cholesky", exchange: Exchange = "gather") -> str:
     """All tables as Markdown."""
     parts = [textwrap.fill(assumptions(ASSUMED, method), 100)]
+    if exchange == "broadcasts":
+        parts.append("Inverses and directions are broadcast, one rank after the other.")
     for title, (network, training) in PROBLEMS.items():
-        t = replace(training, method=method)
+        t = replace(training, method=method, exchange=exchange)
         every = f"Statistics every {t.cov_update_every} steps, inverses every {t.invert_every}; "
-        parts += [f"## {title}", f"{every}buckets of {t.bucket_bytes / 1e6:g} MB."]
+        parts += [f"## {title}", f"{every}buckets of {t.bucket_bytes / 2**20:g} MiB."]
         parts.append("\n".join(table(network(), ASSUMED, t)))
     return "\n\n".join(parts) + "\n"
 
@@ -146,9 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--method", choices=["cholesky", "eigh"], default="cholesky")
+    parser.add_argument("--exchange", choices=["gather", "broadcasts"], default="gather")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write them here, too")
     options = parser.parse_args(arguments)
-    text = document(options.method)
+    text = document(options.method, options.exchange)
     print(text, end="")
     if options.markdown is not None:
         options.markdown.write_text(f"# Data-parallel K-FAC on paper\n\n{text}")

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypeAlias
 
-from kfac_xp.distributed.placement import Placement, PlacementStrategy, place
+from kfac_xp.distributed import Placement, PlacementStrategy, place
+from kfac_xp.distributed.buffers import BUCKET_BYTES
 
 Method: TypeAlias = Literal["cholesky", "eigh"]
+Exchange: TypeAlias = Literal["gather", "broadcasts"]
 
 
 @dataclass(frozen=True)
@@ -84,18 +86,22 @@ class Training:
         Steps from one update to the next.
     method
         Inverses by ``"cholesky"``, or eigenvectors by ``"eigh"``.
+    exchange
+        How inverses and directions are sent: ``"gather"``, as the library does, or
+        ``"broadcasts"``, as in KAISA.
     itemsize
         Bytes of an entry of everything that is kept or sent.
     bucket_bytes
-        The largest message.
+        What is fused for a sum or a broadcast.
     """
 
     batch_per_rank: int = 32
     cov_update_every: int = 10
     invert_every: int = 100
     method: Method = "cholesky"
+    exchange: Exchange = "gather"
     itemsize: int = 4
-    bucket_bytes: int = 32_000_000
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,18 @@ MEM_OPT = Strategy(Fraction(0))
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step's parts, averaged over steps, and bytes on the rank that keeps most."""
+    """Seconds of a step's parts, averaged over steps, and bytes on the rank that keeps most.
+
+    Parameters
+    ----------
+    forward_backward, gradients, statistics, triangles, inversion, inverses, preconditioning, \
+directions
+        The parts, as the package's docstring has them.
+    averages_bytes, served_bytes
+        What stays: averages of statistics, and inverses or eigenvectors.
+    transient_bytes
+        What is there for a moment beside that, at most.
+    """
 
     forward_backward: float
     gradients: float
@@ -137,7 +154,7 @@ class StepCost:
     directions: float
     averages_bytes: int
     served_bytes: int
-    buckets_bytes: int
+    transient_bytes: int
 
     @property
     def sgd_seconds(self) -> float:
@@ -152,8 +169,8 @@ class StepCost:
 
     @property
     def bytes(self) -> int:
-        """All that K-FAC keeps."""
-        return self.averages_bytes + self.served_bytes + self.buckets_bytes
+        """All of K-FAC's, at its most."""
+        return self.averages_bytes + self.served_bytes + self.transient_bytes
 
 
 def predict(
@@ -176,33 +193,34 @@ def predict(
         If the ranks do not divide into worker groups of the strategy.
     """
     t = Training() if training is None else training
-    link = Link(machine, t.bucket_bytes)
+    link = Link(machine, t)
     kronecker = [layer for layer in layers if layer.kind == "kronecker"]
     sizes = {layer.name: {"A": layer.d_in, "G": layer.d_out} for layer in kronecker}
     placement = place(sizes, ranks, strategy.grad_worker_fraction, strategy.placement)
     groups = groups_of(placement, kronecker)
 
-    rows = [n for factors in sizes.values() for n in factors.values()]
-    diagonal = sum(layer.parameters for layer in layers if layer.kind == "diagonal")
-    gradient_bytes = t.itemsize * sum(layer.parameters for layer in layers)
-    triangle_bytes = t.itemsize * (sum(triangle(n) for n in rows) + diagonal)
+    averages = sum(entries(layer, lambda n: n**2) for layer in layers)
+    triangles = sum(entries(layer, triangle) for layer in layers)
+    gradients = [t.itemsize * layer.parameters for layer in layers]
     if strategy.shared:
         inversion = slowest_rank(placement, machine, t)
         inverses = slowest_group(placement, link, t)
     else:
+        rows = [n for layer in kronecker for n in (layer.d_in, layer.d_out)]
         inversion, inverses = sum(decomposition(n, machine, t) for n in rows), 0.0
+    summed = averages + triangles if ranks > 1 else averages
     return StepCost(
         forward_backward=passes(layers, machine, t),
-        gradients=link.all_reduce(gradient_bytes, ranks),
+        gradients=link.all_reduce(gradients, ranks),
         statistics=second_moments(kronecker, machine, t) / t.cov_update_every,
-        triangles=link.all_reduce(triangle_bytes, ranks) / t.cov_update_every,
+        triangles=all_triangles(layers, ranks, link, t) / t.cov_update_every,
         inversion=inversion / t.invert_every,
         inverses=inverses / t.invert_every,
         preconditioning=max(products(group, machine, t) for group in groups),
-        directions=directions(placement, groups, link, t),
-        averages_bytes=t.itemsize * (sum(n**2 for n in rows) + diagonal),
+        directions=directions(groups, link, t),
+        averages_bytes=t.itemsize * averages,
         served_bytes=t.itemsize * max(served_entries(group, t) for group in groups),
-        buckets_bytes=min(t.bucket_bytes, max(gradient_bytes, triangle_bytes)) * (ranks > 1),
+        transient_bytes=max(t.itemsize * summed, sum(gradients) * (ranks > 1)),
     )
 
 
@@ -270,19 +288,45 @@ def triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
+def entries(layer: Layer, of_matrix: Callable[[int], int]) -> int:
+    """Entries of a layer's averages, where so many are counted of a matrix."""
+    if layer.kind == "kronecker":
+        return of_matrix(layer.d_in) + of_matrix(layer.d_out)
+    return layer.parameters if layer.kind == "diagonal" else 0
+
+
+def fused(sizes: Iterable[int], limit: int) -> list[int]:
+    """Bytes of the messages for arrays of these: in their order, what is larger by itself."""
+    messages: list[int] = []
+    for size in sizes:
+        if messages and messages[-1] + size <= limit:
+            messages[-1] += size
+        else:
+            messages.append(size)
+    return messages
+
+
 @dataclass(frozen=True)
 class Link:
-    """How long messages of at most so many bytes take: full buckets and the rest."""
+    """How long exchanges take."""
 
     machine: Machine
-    bucket_bytes: int
+    training: Training
 
-    def all_reduce(self, nbytes: int, ranks: int) -> float:
-        """Seconds on a ring."""
-        steps, m = 2 * (ranks - 1), self.machine
-        return self._in_buckets(
-            nbytes, lambda part: steps * (m.latency + part / ranks / m.bandwidth)
-        )
+    def all_reduce(self, sizes: Iterable[int], ranks: int) -> float:
+        """Seconds for adding up arrays of so many bytes, in buckets, on a ring."""
+        m = self.machine
+        messages = fused(sizes, self.training.bucket_bytes)
+        return sum(2 * (ranks - 1) * (m.latency + b / ranks / m.bandwidth) for b in messages)
+
+    def exchange(self, parts: Sequence[int]) -> float:
+        """Seconds until each of several ranks has the others' parts, of so many bytes."""
+        if not any(parts):
+            return 0.0
+        if self.training.exchange == "broadcasts":
+            return sum(self.broadcast(part, len(parts)) for part in parts)
+        received = sum(parts) - min(parts)
+        return (len(parts) - 1) * self.machine.latency + received / self.machine.bandwidth
 
     def broadcast(self, nbytes: int, ranks: int) -> float:
         """Seconds from one to all of so many ranks, by a tree or by scattering and gathering."""
@@ -293,11 +337,21 @@ class Link:
             moved = 2 * (ranks - 1) / ranks * part
             return min(tree, (depth + ranks - 1) * m.latency + moved / m.bandwidth)
 
-        return self._in_buckets(nbytes, seconds)
+        full, rest = divmod(nbytes, self.training.bucket_bytes)
+        whole = full * seconds(self.training.bucket_bytes)
+        return whole + (seconds(rest) if rest else 0.0)
 
-    def _in_buckets(self, nbytes: int, seconds: Callable[[int], float]) -> float:
-        full, rest = divmod(nbytes, self.bucket_bytes)
-        return full * seconds(self.bucket_bytes) + (seconds(rest) if rest else 0.0)
+
+def all_triangles(layers: Iterable[Layer], ranks: int, link: Link, t: Training) -> float:
+    """Seconds for adding up statistics: those of inputs, then those of gradients."""
+    of_inputs, of_gradients = [], []
+    for layer in layers:
+        if layer.kind == "kronecker":
+            of_inputs.append(t.itemsize * triangle(layer.d_in))
+            of_gradients.append(t.itemsize * triangle(layer.d_out))
+        elif layer.kind == "diagonal":
+            of_gradients.append(t.itemsize * layer.parameters)
+    return link.all_reduce(of_inputs, ranks) + link.all_reduce(of_gradients, ranks)
 
 
 def slowest_group(placement: Placement, link: Link, t: Training) -> float:
@@ -306,18 +360,12 @@ def slowest_group(placement: Placement, link: Link, t: Training) -> float:
     for layer in placement.placed:
         for factor in layer.factors:
             whole = factor.n**2 + factor.n
-            entries = triangle(factor.n) if t.method == "cholesky" else whole
-            sent[factor.rank] += t.itemsize * entries
-    return max(
-        sum(link.broadcast(sent[rank], placement.num_workers) for rank in group)
-        for group in placement.worker_groups
-    )
+            count = triangle(factor.n) if t.method == "cholesky" else whole
+            sent[factor.rank] += t.itemsize * count
+    groups = placement.worker_groups
+    return max(link.exchange([sent[rank] for rank in group]) for group in groups)
 
 
-def directions(
-    placement: Placement, groups: Iterable[Iterable[Layer]], link: Link, t: Training
-) -> float:
+def directions(groups: Iterable[Iterable[Layer]], link: Link, t: Training) -> float:
     """Seconds for sending preconditioned gradients, in any one of the rows."""
-    row = len(placement.receiver_groups[0])
-    sent = (t.itemsize * sum(layer.parameters for layer in group) for group in groups)
-    return sum(link.broadcast(nbytes, row) for nbytes in sent)
+    return link.exchange([t.itemsize * sum(x.parameters for x in group) for group in groups])
