@@ -14,6 +14,13 @@ from kfac_xp.damping import (
     compute_pi_tracenorm,
     normalize_damping,
 )
+from kfac_xp.distributed import (
+    MpiCommunicator,
+    NcclCommunicator,
+    RankError,
+    SingleProcess,
+    place,
+)
 from kfac_xp.estimator import FisherEstimator, make_fisher_estimator
 from kfac_xp.fisher_blocks import (
     ConvDiagonalFB,
@@ -290,4 +297,10 @@ __all__ = [
     "load_state",
     "save_state",
     "unflatten_state",
+    # several ranks
+    "MpiCommunicator",
+    "NcclCommunicator",
+    "RankError",
+    "SingleProcess",
+    "place",
 ]

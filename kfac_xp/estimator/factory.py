@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac_xp.distributed import PlacementStrategy
 from kfac_xp.estimator.fisher_estimator import FisherEstimator
+
+_STRATEGIES: dict[str | None, PlacementStrategy] = {
+    None: "greedy",
+    "round_robin": "round_robin",
+    "replica_round_robin": "round_robin",
+}
 
 
 def make_fisher_estimator(
@@ -15,26 +22,21 @@ def make_fisher_estimator(
     Parameters
     ----------
     placement_strategy
-        None. The reference's "round_robin" and "replica_round_robin" say on which device each
-        factor is computed and change no number.
+        Which rank computes the powers of which factor, if a `communicator` connects several: the
+        reference's "round_robin", one after the other, or None, by what they cost.
+        "replica_round_robin" was round robin over the replicas of a TPU program, which ranks are
+        here: the same. It changes no number.
     **keywords
         Arguments of `FisherEstimator`.
 
     Raises
     ------
-    NotImplementedError
-        For the reference's placements, which belong to data-parallel use.
     ValueError
         If the strategy is none of these.
     """
-    if placement_strategy in ("round_robin", "replica_round_robin"):
-        raise NotImplementedError(
-            f"`placement_strategy={placement_strategy!r}` says on which device each factor is "
-            "computed; it belongs to data-parallel use and changes no number. Use None."
-        )
-    if placement_strategy is not None:
+    if placement_strategy not in _STRATEGIES:
         raise ValueError(
             "`placement_strategy` must be None, 'round_robin' or 'replica_round_robin'; "
             f"got {placement_strategy!r}."
         )
-    return FisherEstimator(**keywords)
+    return FisherEstimator(placement_strategy=_STRATEGIES[placement_strategy], **keywords)
