@@ -4,7 +4,6 @@ As a program it is one rank: ``mpiexec -n 3 python -m tests.training_on_ranks``.
 on its cases of each batch by all scenarios, and rank 0 also on all cases alone, and compares.
 """
 
-import itertools
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from tests.models import TanhNet
 MODES = ["gradients", "empirical", "curvature_prop", "exact", "curvature_prop_GGN", "exact_GGN"]
 MOMENTA = ["regular", "adam", "qmodel", "qmodel_fixedmu"]
 WAYS = ["comm", "hybrid", "mem", "mem, in turn"]
-APPROXIMATIONS = ["kron", "ekfac", "diagonal", "generic", "tnt"]
+APPROXIMATIONS = ["kron", "ekfac", "diagonal", "generic"]
 
 STEPS, CASES = 20, 22
 
@@ -37,12 +36,13 @@ class Scenario:
 
 
 def scenarios():
-    """Every value of each setting with every value of each other."""
-    found = []
-    for i, (mode, momentum) in enumerate(itertools.product(MODES, MOMENTA)):
-        way = WAYS[(i + i // 4) % 4]
-        found.append(Scenario(mode, momentum, way, APPROXIMATIONS[i % 5]))
-    return found
+    """Every value of each setting with every value of each other, and a fifth approximation."""
+    twice = [0, 2, 3, 1]  # in the field of four elements: two orthogonal Latin squares
+    return [
+        Scenario(mode, momentum, WAYS[(i % 4) ^ j], APPROXIMATIONS[twice[i % 4] ^ j])
+        for i, mode in enumerate(MODES)
+        for j, momentum in enumerate(MOMENTA)
+    ] + [Scenario("empirical", "adam", "hybrid", "tnt")]
 
 
 def sizes_of_ranks(size):
@@ -149,7 +149,10 @@ def difference(scenario, communicator, xp=np, steps=STEPS):
 def main():
     communicator = kfac_xp.MpiCommunicator()
     worst = {}
-    for scenario in scenarios():
+    chosen = scenarios()
+    if communicator.size > 2:  # half of them with three ranks, the others with four
+        chosen = [s for i, s in enumerate(chosen) if (i // 4 + i // 2) % 2 == communicator.size % 2]
+    for scenario in chosen:
         worst[scenario] = max(communicator.gather_objects(difference(scenario, communicator)))
     if communicator.rank == 0:
         for scenario, found in worst.items():

@@ -337,18 +337,26 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         return self._state.state_dict() | {"estimator": self.estimator.state_dict(powers=powers)}
 
     def load_state_dict(
-        self, state: Mapping[str, Any], params: Vectors, *, loss_fn: LossFn | None = None
+        self,
+        state: Mapping[str, Any],
+        params: Vectors,
+        *,
+        loss_fn: LossFn | None = None,
+        batch_size: int = 1,
     ) -> None:
         """Continue from `state_dict`; `params` gives the form of the velocity.
 
         `loss_fn` is that of the last step before saving, which a function cannot be saved with:
         needed if the state waits to adapt the damping (`update_damping_immediately` is False). Of
-        several ranks each gives that of its cases, which count as equally many.
+        several ranks each gives that of its own cases; `batch_size` is their number, needed if it
+        is not the same on all.
         """
         require_layers("params", params, self.layers)
         with self.estimator.unchanged_on_error():
             self.estimator.load_state_dict(state["estimator"])
-            weight = 1 / self.estimator.team.size
+            with self.estimator.team.agreement() as said:
+                said.say(batch_size)
+            weight = said.shares().weight
             self._state = OptimizerState.from_state_dict(state, params, loss_fn, weight)
 
     # ------------------------------------------------------------------ helpers
