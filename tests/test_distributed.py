@@ -135,7 +135,8 @@ def test_layers_that_share_a_factor_are_on_the_same_ranks():
     assert info["k"]["output"]["rung"] == "direct"
 
 
-def test_cholesky_products_and_powers_of_several_dtypes():
+@pytest.mark.parametrize("workers", [1, 3])
+def test_cholesky_products_and_powers_of_several_dtypes(workers):
     def make(communicator, data):
         layers = kfac_xp.LayerCollection()
         layers.register_fully_connected("a", np.zeros((3, 2)))
@@ -148,7 +149,7 @@ def test_cholesky_products_and_powers_of_several_dtypes():
             compute_cholesky=True,
             compute_cholesky_inverse=True,
             communicator=communicator,
-            grad_worker_fraction=1.0 if communicator is None else 1 / communicator.size,
+            grad_worker_fraction=1.0 if communicator is None else workers / 3,
         )
         estimator.update_cov(data)
         estimator.update_inverses()
@@ -217,6 +218,8 @@ def test_a_state_goes_on_with_any_number_of_ranks(before, after, tmp_path):
         part = part_of(c)
         size = len(training.batch(0, part)[1])
         optimizer.load_state_dict(state, params, loss_fn=loss_of(7, part), batch_size=size)
+        layer = optimizer.layers.fisher_blocks["two"].factors
+        assert all(layer[role].powers.stored() for role in ("input", "output"))  # as EKFAC needs
         for step in range(8, 13):
             params, _ = training.one_step(optimizer, params, step, part_of(c))
         return training.flat(params)
@@ -235,6 +238,44 @@ def test_a_state_goes_on_with_any_number_of_ranks(before, after, tmp_path):
     whole, *_ = training.trained(scenario, steps=13)
     for found in results_of(after, lambda c: go_on(c, params)):
         assert_close(found, training.flat(whole), 1e-10)
+
+
+def test_ranks_keep_what_they_apply_also_after_loading():
+    scenario = training.Scenario("empirical", "regular", "mem", "kron")
+
+    def held(c):
+        params, _, _, optimizer = training.trained(scenario, c, steps=4)
+        before = [bool(f.powers.stored()) for f in optimizer.factors]
+        state = optimizer.state_dict()
+        fresh = training.optimizer_of(scenario, params, c)
+        fresh.load_state_dict(state, params, loss_fn=lambda params: 0.0)
+        return before, [bool(f.powers.stored()) for f in fresh.factors], state
+
+    (first, loaded, state), (second, _, other) = results_of(2, held)
+    assert first == loaded
+    assert [a != b for a, b in zip(first, second, strict=True)] == [True] * 4
+    here, there = (kfac_xp.state.flatten_state(s) for s in (state, other))
+    assert here.keys() == there.keys()
+    for key in here:
+        assert_close(here[key], there[key], 0, key)
+
+
+def test_warm_starts_on_the_rank_that_computes():
+    def rungs(c):
+        layers = kfac_xp.LayerCollection(
+            posdef_inv_method="newton_schulz", eigh_method="orthogonal_iteration"
+        )
+        layers.register_fully_connected("a", np.zeros((3, 2)))
+        layers.register_fully_connected("b", np.zeros((3, 2)), approx="ekfac")
+        estimator = kfac_xp.FisherEstimator(layers, 0.1, communicator=c)
+        rng = np.random.default_rng(c.rank)
+        x, ds = rng.normal(size=(9, 3)), rng.normal(size=(9, 2))
+        for _ in range(2):
+            estimator.update_cov({"a": (x, ds), "b": (x, ds)})
+            estimator.update_inverses()
+        return [estimator.info[n][role]["rung"] for n in "ab" for role in ("input", "output")]
+
+    assert results_of(2, rungs) == [["warm"] * 4] * 2
 
 
 # ---------------------------------------------------------------------------------------------
