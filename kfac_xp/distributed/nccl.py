@@ -46,7 +46,7 @@ class NcclCommunicator:
             raise ImportError(
                 "NcclCommunicator needs CuPy: install `kfac-xp[cuda12]` or `kfac-xp[cuda13]`."
             ) from error
-        if not nccl.available:
+        if not getattr(nccl, "available", True):
             raise ImportError(
                 "this CuPy has no NCCL. Install the wheel nvidia-nccl-cu12 (cu13), or use "
                 "`MpiCommunicator`."
