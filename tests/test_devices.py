@@ -12,6 +12,7 @@ from kfac_xp.estimator import ESTIMATION_MODES
 from tests import places, public_names
 from tests.places import Place, require_place
 from tests.public_names import ABSTRACT, CALLS, WITHOUT_ARRAYS
+from tests.rank_threads import on_ranks
 
 MOMENTUM = {
     "regular": {"learning_rate": 0.1, "norm_constraint": 1e-2},
@@ -91,6 +92,29 @@ class TestTrainingSteps:
         require_place([params, optimizer.estimator], place)
         require_place(infos, place, same_dtype=False)
         assert (infos[-1].rho is not None) == of_loss_fn
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_two_ranks(self, far, workers):
+        """As two threads, whose messages stay on the device."""
+        place, watch = far
+
+        def train(communicator):
+            layers, params = public_names.conv_layers(place)
+            optimizer = kfac_xp.KfacOptimizer(
+                layers,
+                0.1,
+                0.1,
+                invert_every=2,
+                communicator=communicator,
+                grad_worker_fraction=workers / 2,
+            )
+            for _ in range(4):
+                params, _ = optimizer.step(params, *public_names.conv_batch(place, params))
+            return optimizer.factors, params
+
+        results = on_ranks(2, train)
+        assert len(watch.reads) == 2 * 2, "one read of each rank for each inverse update"
+        require_place(results, place)
 
     def test_measured_a_step_later(self, far):
         place, watch = far

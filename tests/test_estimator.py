@@ -382,11 +382,12 @@ def test_thunks_are_one_per_factor(rng):
 
 def test_placement(rng):
     params, _, _ = random_tanh_net(np, rng)
-    for strategy in ("round_robin", "replica_round_robin"):
-        with pytest.raises(NotImplementedError, match="belongs to data-parallel use"):
-            kfac_xp.make_fisher_estimator(
-                strategy, layer_collection=tanh_layers(params), damping=0.1
-            )
+    for strategy, placed in (("round_robin", "round_robin"), (None, "greedy")):
+        estimator = kfac_xp.make_fisher_estimator(
+            strategy, layer_collection=tanh_layers(params), damping=0.1
+        )
+        assert estimator.placement.strategy == placed
+        assert estimator.placement.layers == ("one", "two")
     with pytest.raises(ValueError, match="`placement_strategy` must be None"):
         kfac_xp.make_fisher_estimator("first", layer_collection=tanh_layers(params), damping=0.1)
 
