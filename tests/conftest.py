@@ -1,5 +1,6 @@
 """Fixtures: every array library that is installed, and a seeded generator."""
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -52,10 +53,11 @@ def rng():
 def pytest_collection_modifyitems(config, items):
     """Leave out what cannot tell anything here.
 
-    Cases marked `more` do not run on JAX, which compiles every new shape; those of the support
-    table do if it is to be written. CuPy's do not run where it is not installed, unless ``-m gpu``
-    asks for them: then they are skipped with the reason.
+    Cases marked `more` do not run on JAX, which compiles every new shape, unless ``-m more`` asks
+    for them; those of the support table do if it is to be written. CuPy's do not run where it is
+    not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason.
     """
+    asked_for_more = "more" in config.getoption("-m")
     writes_table = config.getoption("--support-table", None) is not None
     no_cupy = importlib.util.find_spec("cupy") is None and "gpu" not in config.getoption("-m")
 
@@ -65,12 +67,18 @@ def pytest_collection_modifyitems(config, items):
         if writes_table and item.path.name == "test_support.py":
             return False
         library = getattr(item, "callspec", None) and item.callspec.params.get("xp")
-        return library == "jax.numpy" and item.get_closest_marker("more") is not None
+        is_more = library == "jax.numpy" and item.get_closest_marker("more") is not None
+        return is_more and not asked_for_more
 
     left_out = [item for item in items if tells_nothing(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not tells_nothing(item)]
+
+
+def pytest_collection_finish():
+    """The collected tests stay to the end: collections of garbage need not look through them."""
+    gc.freeze()
 
 
 def compile_faster_in_xla():
