@@ -43,15 +43,21 @@ def load(name):
 def every(*names, where=lambda meta: True):
     """Parameters (file, case, dtype): each case in float64, if it was made so, and in float32.
 
-    All but the first of each class carry the mark `more`: see ``conftest.py``.
+    All but one of each class, one with the fewest arrays, carry the mark `more`: see
+    ``conftest.py``.
     """
+    cases = [(name, case) for name in names for case, (m, _) in load(name).items() if where(m)]
+    fewest = {}
+    for name, case in sorted(cases, key=lambda found: len(load(found[0])[found[1]][1])):
+        fewest.setdefault(load(name)[case][0]["cls"], (name, case))
     params, seen = [], set()
     for name in names:
         for case, (meta, _) in load(name).items():
             for dtype in ("float64", "float32") if where(meta) else ():
                 if dtype == "float32" or meta.get("dtype", "float64") == "float64":
-                    marks = [pytest.mark.more] if meta["cls"] in seen else []
-                    seen.add(meta["cls"])
+                    is_first = (name, case) == fewest[meta["cls"]] and meta["cls"] not in seen
+                    marks = [] if is_first else [pytest.mark.more]
+                    seen.update([meta["cls"]] * is_first)
                     identity = f"{name}-{case}-{dtype}"
                     params.append(pytest.param(name, case, dtype, id=identity, marks=marks))
     return params

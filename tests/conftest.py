@@ -1,6 +1,8 @@
 """Fixtures: every array library that is installed, and a seeded generator."""
 
+import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -51,10 +53,11 @@ def rng():
 def pytest_collection_modifyitems(config, items):
     """Leave out what cannot tell anything here.
 
-    Cases marked `more` do not run on JAX, which compiles every new shape; those of the support
-    table do if it is to be written. CuPy's do not run where it is not installed, unless ``-m gpu``
-    asks for them: then they are skipped with the reason.
+    Cases marked `more` do not run on JAX, which compiles every new shape, unless ``-m more`` asks
+    for them; those of the support table do if it is to be written. CuPy's do not run where it is
+    not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason.
     """
+    asked_for_more = "more" in config.getoption("-m")
     writes_table = config.getoption("--support-table", None) is not None
     no_cupy = importlib.util.find_spec("cupy") is None and "gpu" not in config.getoption("-m")
 
@@ -64,12 +67,34 @@ def pytest_collection_modifyitems(config, items):
         if writes_table and item.path.name == "test_support.py":
             return False
         library = getattr(item, "callspec", None) and item.callspec.params.get("xp")
-        return library == "jax.numpy" and item.get_closest_marker("more") is not None
+        is_more = library == "jax.numpy" and item.get_closest_marker("more") is not None
+        return is_more and not asked_for_more
 
     left_out = [item for item in items if tells_nothing(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not tells_nothing(item)]
+
+
+def pytest_collection_finish():
+    """The collected tests stay to the end: collections of garbage need not look through them."""
+    gc.freeze()
+
+
+def compile_faster_in_xla():
+    """Take XLA's older emitters, which compile small programs in half the time.
+
+    XLA reads the variable once, with the first array, and ends the process where it does not know
+    a flag: the releases that are named here know this one.
+    """
+    flag = "--xla_cpu_use_fusion_emitters=false"
+    try:
+        release = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if (0, 6) <= release <= (0, 10) and "xla_cpu_use_fusion_emitters" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -85,6 +110,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    compile_faster_in_xla()
     # With xdist, workers send their reports to the process that writes.
     path = config.getoption("--support-table", None)
     if path is not None and not hasattr(config, "workerinput"):

@@ -308,7 +308,7 @@ class TestKeptLike:
             device = strict.Device(name)
             assert tables(strict.ones((2,), device=device))[0].device == device
 
-    def test_a_trace_leaves_nothing_behind(self):
+    def test_a_trace_in_jax_leaves_nothing_behind(self):
         jax = pytest.importorskip("jax", reason="JAX is not installed")
 
         @kept_like

@@ -64,10 +64,17 @@ def hard_covariances(n=8):
 CASES = hard_covariances()
 
 
+def unless_flushed(xp, name):
+    """Skip what XLA does not see: it takes denormal numbers for zero."""
+    if name == "denormal" and "jax" in xp.__name__:
+        pytest.skip("XLA takes denormal numbers for zero")
+
+
 @pytest.mark.more
 @pytest.mark.parametrize("name", CASES)
 def test_damped(xp, name):
     """With a damping that the dtype can see beside the covariance, what NumPy finds in float64."""
+    unless_flushed(xp, name)
     damping = max(1e-3, 1e-3 * CASES[name].max())
     for function, dtype in itertools.product(FUNCTIONS, ("float32", "float64")):
         array, report = computed(xp, CASES[name], damping, dtype, function)
@@ -90,6 +97,7 @@ def test_damped(xp, name):
 @pytest.mark.parametrize("name", CASES)
 def test_undamped(xp, name):
     """Finite and of the right size on some rung, or an error that names the factor."""
+    unless_flushed(xp, name)
     for function, dtype in itertools.product(FUNCTIONS, ("float32", "float64")):
         too_large = (name, function, dtype) == ("denormal", "inverse", "float32")
         if too_large or (name == "zero" and function != "eigenbasis"):

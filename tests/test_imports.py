@@ -109,13 +109,11 @@ def test_importing_is_light():
         "heavy = {'numba', 'cupy', 'scipy', 'torch', 'jax'} & set(sys.modules);"
         "assert not heavy, heavy; print(took)"
     )
-    # Of the processor's time, the best of three: other processes may hold the machine.
-    times = [
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-            ).stdout
+    # Of the processor's time, once in three times: other processes may hold the machine.
+    times = []
+    while len(times) < 3 and min(times, default=1.0) >= 0.5:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
         )
-        for _ in range(3)
-    ]
+        times.append(float(done.stdout))
     assert min(times) < 0.5, times

@@ -464,7 +464,7 @@ def test_a_device_generator_is_asked_for_its_own_draws():
 
 
 @pytest.mark.parametrize("name", ["categorical", "onehot", "mean_variance"])
-def test_losses_trace_under_jit(rng, name):
+def test_losses_trace_under_jit_of_jax(rng, name):
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     jax.config.update("jax_enable_x64", True)
     loss, inputs = make(name, np, rng)

@@ -35,7 +35,7 @@ def batch(rng):
     return x, ds, padded
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_bias", [pytest.param(False, marks=pytest.mark.more), True])
 def test_convolution(xp, rng, has_bias):
     assert GEOMETRY.output_shape(SPACE) == OUT
     x, ds, padded = batch(rng)
@@ -61,7 +61,7 @@ def test_convolution(xp, rng, has_bias):
     assert_close(moments.ConvOutputMoment(4)(grads), gamma / (3 * locations), 1e-12)
 
 
-def test_pure_functions_trace(rng):
+def test_pure_functions_trace_in_jax(rng):
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     jax.config.update("jax_enable_x64", True)
     x, ds, _ = batch(rng)

@@ -69,14 +69,14 @@ SOME_GEOMETRIES = [
     pytest.param("2d", marks=pytest.mark.more),
     pytest.param("2d-valid", marks=pytest.mark.more),
     "2d-asymmetric",
-    "2d-one-pixel",
+    pytest.param("2d-one-pixel", marks=pytest.mark.more),
     pytest.param("2d-one-location", marks=pytest.mark.more),
     pytest.param("2d-taps-in-padding", marks=pytest.mark.more),
     "2d-no-location",
     "3d",
 ]
-# C_in, C_out, groups: depthwise, with two filters per channel, and in between
-GROUPS = [(4, 4, 4), (3, 6, 3), (6, 4, 2)]
+# C_in, C_out, groups: in between, depthwise, and with two filters per channel
+GROUPS = [(6, 4, 2), (4, 4, 4), (3, 6, 3)]
 
 every_geometry = pytest.mark.parametrize("case", GEOMETRIES)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -84,6 +84,13 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 a_dtype_on_jax = pytest.mark.parametrize(
     "dtype", ["float32", pytest.param("float64", marks=pytest.mark.more)]
 )
+
+
+def more_but(*first, of):
+    """The cases, all but those first ones with the mark `more`."""
+    return [case if case in first else pytest.param(case, marks=pytest.mark.more) for case in of]
+
+
 # None is what the registry picks.
 reference_or_picked = pytest.mark.parametrize("backend", ["reference", None])
 
@@ -187,7 +194,7 @@ class TestEveryLibrary:
     def test_extract_patches(self, xp, rng, case, dtype, backend):
         check_patches(xp, rng, case, dtype, backend)
 
-    @pytest.mark.parametrize("shape", ROWS)
+    @pytest.mark.parametrize("shape", more_but(ROWS[0], ROWS[2], ROWS[8], of=ROWS))
     def test_squared_outer(self, xp, rng, shape, dtype, backend):
         check_squared_outer(xp, rng, shape, dtype, backend)
 
@@ -198,13 +205,19 @@ class TestEveryLibrary:
     def test_conv_squared_outer_without_options(self, xp, rng, dtype, backend):
         check_conv_squared_outer(xp, rng, "2d", dtype, backend, bias=False, masked=False)
 
-    @pytest.mark.parametrize("channels", GROUPS)
+    @pytest.mark.parametrize("channels", more_but(GROUPS[0], of=GROUPS))
     def test_groups(self, xp, rng, channels, dtype, backend):
         check_groups(xp, rng, channels, dtype, backend)
 
     # Fewer locations than outputs, more of them, more than rotated inputs, and the patch as it is.
     @pytest.mark.parametrize(
-        ("case", "c_out"), [("1d", 8), ("1d-valid-strided", 2), ("2d", 4), ("2d-one-tap", 4)]
+        ("case", "c_out"),
+        [
+            pytest.param("1d", 8, marks=pytest.mark.more),
+            ("1d-valid-strided", 2),
+            pytest.param("2d", 4, marks=pytest.mark.more),
+            ("2d-one-tap", 4),
+        ],
     )
     def test_rotations(self, xp, rng, case, c_out, dtype, backend):
         for bias in (False, True):

@@ -22,7 +22,7 @@ def symmetric(rng, shape, dtype="float64"):
     return x + np.swapaxes(x, -1, -2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.more), "float64"])
 @pytest.mark.parametrize(
     "shape", [SHAPES[0], *(pytest.param(s, marks=pytest.mark.more) for s in SHAPES[1:])]
 )
@@ -62,7 +62,7 @@ def test_other_dtypes_take_the_reference(rng):
         np.testing.assert_array_equal(unpack_symmetric(pack_symmetric(x)), x)
 
 
-def test_under_jit(rng):
+def test_under_jit_of_jax(rng):
     jnp = namespace("jax.numpy")
     import jax
 

@@ -4,6 +4,8 @@ import contextlib
 import importlib
 import os
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,6 +46,22 @@ class Cupy:
 
     def ones(self, shape, dtype):
         return np.ones(shape, dtype=dtype).view(Placed)
+
+
+@pytest.fixture(autouse=True)
+def lets_others_run(monkeypatch):
+    """The simulator asks without end whether its threads live: here that gives them their turn.
+
+    Otherwise it takes 5 ms of theirs (`sys.getswitchinterval`) each time that they stop. A shorter
+    interval would help as well, but then two threads may each make an array that they share.
+    """
+    from numba.cuda.simulator.kernel import BlockThread
+
+    def is_alive(thread):
+        time.sleep(0)
+        return threading.Thread.is_alive(thread)
+
+    monkeypatch.setattr(BlockThread, "is_alive", is_alive)
 
 
 @pytest.fixture
