@@ -47,6 +47,9 @@ def test_scenarios_cover_all_pairs():
     ):
         pairs = {(getattr(s, first), getattr(s, second)) for s in found}
         assert pairs >= set(itertools.product(some, others)), (first, second)
+    for size in (3, 4):
+        for name, some in zip(names, values, strict=True):
+            assert {getattr(s, name) for s in training.scenarios_of(size)} >= set(some)
 
 
 @pytest.mark.parametrize("scenario", training.scenarios()[::5], ids=str)
@@ -517,7 +520,7 @@ def mpi_run(size, *arguments, seconds=100, **popen):
 def test_processes_train_as_one(size):
     done, _ = mpi_run(size, "-m", "tests.training_on_ranks")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Scenario") == len(training.scenarios())
+    assert done.stdout.count("Scenario") == len(training.scenarios_of(size))
 
 
 FAULT = """

@@ -45,6 +45,13 @@ def scenarios():
     ] + [Scenario("empirical", "adam", "hybrid", "tnt")]
 
 
+def scenarios_of(size):
+    """All of them with two ranks; half of them with three and the others with four."""
+    if size == 2:
+        return scenarios()
+    return [s for i, s in enumerate(scenarios()) if (i // 4 + i // 2) % 2 == size % 2]
+
+
 def sizes_of_ranks(size):
     """Cases of each rank, all different."""
     weights = np.arange(1, size + 1) + 1
@@ -149,10 +156,7 @@ def difference(scenario, communicator, xp=np, steps=STEPS):
 def main():
     communicator = kfac_xp.MpiCommunicator()
     worst = {}
-    chosen = scenarios()
-    if communicator.size > 2:  # half of them with three ranks, the others with four
-        chosen = [s for i, s in enumerate(chosen) if (i // 4 + i // 2) % 2 == communicator.size % 2]
-    for scenario in chosen:
+    for scenario in scenarios_of(communicator.size):
         worst[scenario] = max(communicator.gather_objects(difference(scenario, communicator)))
     if communicator.rank == 0:
         for scenario, found in worst.items():
