@@ -61,6 +61,11 @@ class ConvGeometry:
             _normal_padding(padding, len(kernel)),
         )
 
+    def over_uses(self) -> ConvGeometry:
+        """With one more axis in front, over which the filter has one tap: uses of the layer."""
+        padding = self.padding if isinstance(self.padding, str) else ((0, 0), *self.padding)
+        return ConvGeometry((1, *self.kernel), (1, *self.strides), (1, *self.dilation), padding)
+
     @property
     def num_axes(self) -> int:
         """Number of spatial axes."""

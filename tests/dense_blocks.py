@@ -51,9 +51,9 @@ class Gradients:
         rows = self.jacobian[:, :, first, self.parameters(group, groups)[:, 0]]
         return rows, self.ds[..., first : first + per_group]
 
-    def matrices(self):
-        """Each case's gradient of the parameters as a matrix: [S, N, D, C]."""
-        return np.einsum("ntd,sntc->sndc", *self.sides())
+    def matrices(self, group=0, groups=1):
+        """Each case's gradient of the parameters of a group as a matrix: [S, N, D, C]."""
+        return np.einsum("ntd,sntc->sndc", *self.sides(group, groups))
 
 
 def form_index(form):
@@ -107,20 +107,29 @@ def diagonal_of_the_sum(g):
     return damped(np.diag((g.by_case.sum(axis=1) ** 2).sum(axis=0) / N))
 
 
-def tensor_normal(g):
-    cases = g.matrices()
+def tensor_normal(g, group=0, groups=1):
+    cases = g.matrices(group, groups)
     trace = (cases**2).sum() / N
     A = np.einsum("sndc,snec->de", cases, cases) / N / trace**0.5
     G = np.einsum("sndc,sndb->cb", cases, cases) / N / trace**0.5
     return kronecker(A, G, 1)
 
 
-def eigenvalue_corrected(g):
-    """The exact block's diagonal in the eigenbasis of the Kronecker factors."""
-    bases = [np.linalg.eigh(matrix)[1] for matrix in second_moments(*g.sides())]
-    basis = np.kron(*bases)
-    flat = g.matrices().reshape(-1, len(basis)) @ basis
+def best_diagonal(cases, moments):
+    """The exact block's diagonal in the eigenbasis of two second moments."""
+    basis = np.kron(*(np.linalg.eigh(matrix)[1] for matrix in moments))
+    flat = cases.reshape(-1, len(basis)) @ basis
     return damped((basis * ((flat**2).sum(axis=0) / N)) @ basis.T)
+
+
+def eigenvalue_corrected(g, group=0, groups=1):
+    sides = g.sides(group, groups)
+    return best_diagonal(g.matrices(group, groups), second_moments(*sides))
+
+
+def eigenvalue_corrected_reduce(g):
+    rows, ds = g.sides()
+    return best_diagonal(g.matrices(), second_moments(rows.mean(axis=1), ds.sum(axis=2)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,15 +156,22 @@ def kron_sua(g):
     return kronecker(A, second_moments(*g.sides())[1], g.num_locations)
 
 
-def by_group(g):
-    """A Kronecker product for each group, put where its parameters stand."""
-    size, groups = g.form.num_params, g.form.groups
-    found = np.zeros((2, size, size))
-    for group in range(groups):
-        index = g.parameters(group, groups).ravel()
-        A, G = second_moments(*g.sides(group, groups))
-        found[:, index[:, None], index[None, :]] = kronecker(A, G, g.num_locations)
-    return tuple(found)
+def by_group(make):
+    """A block for each group, put where its parameters stand."""
+
+    def block(g):
+        size, groups = g.form.num_params, g.form.groups
+        found = np.zeros((2, size, size))
+        for group in range(groups):
+            index = g.parameters(group, groups).ravel()
+            found[:, index[:, None], index[None, :]] = make(g, group, groups)
+        return tuple(found)
+
+    return block
+
+
+def kron_of_group(g, group, groups):
+    return kronecker(*second_moments(*g.sides(group, groups)), g.num_locations)
 
 
 def restricted(g):
@@ -187,8 +203,21 @@ def series(option):
 
 
 _FULL = {"full": exact, "diagonal": exact_diagonal}
-_GROUPED = {"kron": by_group, "diagonal": exact_diagonal, "kron_expand": by_group}
-_CONVOLUTION = {"kron": kron(), "kron_expand": kron(), "kron_reduce": kron_reduce}
+_CORRECTED = {"ekfac": eigenvalue_corrected, "tnt": tensor_normal}
+_CORRECTED_GROUPS = {name: by_group(make) for name, make in _CORRECTED.items()}
+_GROUPED = {
+    "kron": by_group(kron_of_group),
+    "diagonal": exact_diagonal,
+    "kron_expand": by_group(kron_of_group),
+    **_CORRECTED_GROUPS,
+}
+_CONVOLUTION = {
+    "kron": kron(),
+    "kron_expand": kron(),
+    "kron_reduce": kron_reduce,
+    "ekfac_reduce": eigenvalue_corrected_reduce,
+    **_CORRECTED,
+}
 
 
 def _sides(prefix):
@@ -207,31 +236,28 @@ BLOCKS = {
         "diagonal": exact_diagonal,
         "kron_expand": kron(),
         "kron_reduce": kron_reduce,
-        "ekfac": eigenvalue_corrected,
-        "tnt": tensor_normal,
+        "ekfac_expand": eigenvalue_corrected,
+        "ekfac_reduce": eigenvalue_corrected_reduce,
+        **_CORRECTED,
     },
-    "conv2d": {
-        **_CONVOLUTION,
-        "diagonal": exact_diagonal,
-        "kron_sua": kron_sua,
-        "ekfac": eigenvalue_corrected,
-        "tnt": tensor_normal,
-    },
+    "conv2d": {**_CONVOLUTION, "diagonal": exact_diagonal, "kron_sua": kron_sua},
     "grouped_conv2d": _GROUPED,
     "conv_transpose": {**_CONVOLUTION, "diagonal": exact_diagonal},
     "grouped_conv_transpose": _GROUPED,
     "depthwise_conv2d": {
         "diagonal": exact_diagonal,
         "kron": restricted,
-        "kron_exact": by_group,
+        "kron_exact": by_group(kron_of_group),
         "diagonal_exact": exact_diagonal,
+        **_CORRECTED_GROUPS,
     },
     "fully_connected_multi": {
         **_sides("kron_indep"),
         "kron_series_1": series(1),
         "kron_series_2": series(2),
+        **_CORRECTED,
     },
-    "conv2d_multi": {"kron_indep": kron()},
+    "conv2d_multi": {"kron_indep": kron(), **_CORRECTED},
     "scale_and_shift": _FULL,
 }
 """``{kind of layer: {approximation: function of Gradients}}``."""

@@ -16,7 +16,9 @@ import numpy as np
 from kfac_xp.layer_collection import APPROXIMATIONS
 from tests import naive
 
-N, USES, CLASSES = 4, 3, 3
+N, USES, CLASSES = 8, 3, 3
+# As many cases that the mean patches of none of the layers leave out two directions: eigenvectors
+# would not be determined.
 
 
 def ones(n):
@@ -225,8 +227,12 @@ VALID = {"padding": "VALID"}
 GROUPED = {**VALID, "groups": 2}
 UP = {**VALID, "strides": (2, 1)}
 
-_SEQUENCES = r"must have shape \[N, 3\].*approx='kron_expand' or 'kron_reduce' for sequences"
-_IDS = r"one with a diagonal input factor, .*\['kron{}_in_diag', 'kron{}_both_diag'\]"
+_SEQUENCES = (
+    r"must have shape \[N, 3\].*approx='kron_expand', 'kron_reduce', 'ekfac_expand' or "
+    "'ekfac_reduce' for sequences"
+)
+_IDS = r"one with a diagonal input factor, .*\['kron{}_in_diag', 'kron{}_both_diag', 'ekfac'\]"
+_OVER_SEQUENCES = ("kron_expand", "kron_reduce", "ekfac_expand", "ekfac_reduce")
 _NO_SEQUENCE = r"must have shape \[N, T, 3\] .*approx='kron' and others for vectors"
 
 
@@ -249,7 +255,7 @@ FORMS = (
         ((3, 2), (2,)),
         dense,
         (3,),
-        refused=dict.fromkeys(("kron_expand", "kron_reduce"), _NO_SEQUENCE),
+        refused=dict.fromkeys(_OVER_SEQUENCES, _NO_SEQUENCE),
     ),
     Form(
         "fully_connected",
@@ -258,7 +264,7 @@ FORMS = (
         ((3, 2), (2,)),
         dense,
         (3, 3),
-        refused=all_but("fully_connected", "kron_expand", "kron_reduce", says=_SEQUENCES),
+        refused=all_but("fully_connected", *_OVER_SEQUENCES, says=_SEQUENCES),
     ),
     Form(
         "fully_connected",
@@ -269,7 +275,7 @@ FORMS = (
         (),
         keywords={"dense_inputs": False},
         refused=all_but(
-            "fully_connected", "kron_in_diag", "kron_both_diag", says=_IDS.format("", "")
+            "fully_connected", "kron_in_diag", "kron_both_diag", "ekfac", says=_IDS.format("", "")
         ),
     ),
     Form(
@@ -294,6 +300,7 @@ FORMS = (
             "fully_connected_multi",
             "kron_indep_in_diag",
             "kron_indep_both_diag",
+            "ekfac",
             says=_IDS.format("_indep", "_indep"),
         ),
     ),

@@ -16,8 +16,14 @@ from kfac_xp.fisher_blocks.depthwise import (
 from kfac_xp.fisher_blocks.diagonal import DiagonalFB
 from kfac_xp.fisher_blocks.eigenvalue_corrected import (
     ConvEKFACFB,
+    ConvEKFACReduceFB,
+    ConvGroupedEKFACFB,
+    ConvMultiEKFACFB,
     EigenvalueCorrectedFB,
+    FullyConnectedEKFACExpandFB,
     FullyConnectedEKFACFB,
+    FullyConnectedEKFACReduceFB,
+    FullyConnectedMultiEKFACFB,
 )
 from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_blocks.fully_connected import (
@@ -33,7 +39,14 @@ from kfac_xp.fisher_blocks.multi_use import (
 )
 from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
 from kfac_xp.fisher_blocks.series import FullyConnectedSeriesFB, SeriesFBApproximation
-from kfac_xp.fisher_blocks.tensor_normal import ConvTNTFB, FullyConnectedTNTFB, TensorNormalFB
+from kfac_xp.fisher_blocks.tensor_normal import (
+    ConvGroupedTNTFB,
+    ConvMultiTNTFB,
+    ConvTNTFB,
+    FullyConnectedMultiTNTFB,
+    FullyConnectedTNTFB,
+    TensorNormalFB,
+)
 from kfac_xp.fisher_blocks.towers import InputOutputMultiTower, InputOutputMultiTowerMultiUse
 from kfac_xp.fisher_blocks.weight_sharing import (
     ConvKFACReduceFB,
@@ -43,11 +56,16 @@ from kfac_xp.fisher_blocks.weight_sharing import (
 
 __all__ = [
     "ConvDiagonalFB",
+    "ConvGroupedEKFACFB",
     "ConvGroupedKFCFB",
+    "ConvGroupedTNTFB",
     "ConvKFACReduceFB",
     "ConvEKFACFB",
+    "ConvEKFACReduceFB",
     "ConvKFCBasicFB",
     "ConvKFCBasicMultiIndepFB",
+    "ConvMultiEKFACFB",
+    "ConvMultiTNTFB",
     "ConvTNTFB",
     "DepthwiseConvDiagonalFB",
     "DepthwiseConvKFCBasicFB",
@@ -56,11 +74,15 @@ __all__ = [
     "FisherBlock",
     "FullFB",
     "FullyConnectedDiagonalFB",
+    "FullyConnectedEKFACExpandFB",
     "FullyConnectedEKFACFB",
+    "FullyConnectedEKFACReduceFB",
     "FullyConnectedKFACBasicFB",
     "FullyConnectedKFACExpandFB",
     "FullyConnectedKFACReduceFB",
+    "FullyConnectedMultiEKFACFB",
     "FullyConnectedMultiIndepFB",
+    "FullyConnectedMultiTNTFB",
     "FullyConnectedSeriesFB",
     "FullyConnectedTNTFB",
     "InputOutputMultiTower",

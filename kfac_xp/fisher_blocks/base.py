@@ -58,6 +58,9 @@ class FisherBlock(HasMatrix):
     has_uses: ClassVar[bool] = False
     """Whether the data of a tower may be a list over uses of the layer."""
 
+    takes_class_ids: ClassVar[bool] = False
+    """Whether class ids may be given as inputs, by `one_hot_depth` alone."""
+
     needs_params_grads: ClassVar[bool] = False
     """Whether statistics are made of the parameters' gradients, not of the layer's data."""
 

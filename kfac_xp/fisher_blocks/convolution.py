@@ -38,6 +38,9 @@ class Convolution(SharedOverLocations):
     takes_groups: ClassVar[bool] = False
     """Whether there may be several groups of channels."""
 
+    with_groups: ClassVar[str] = "ConvGroupedKFCFB"
+    """The block of the same kind that takes groups, if this does not."""
+
     dilation_argument: ClassVar[str] = "dilation_rate"
     """What the constructor calls the dilation."""
 
@@ -72,7 +75,7 @@ class Convolution(SharedOverLocations):
         if groups > 1 and not self.takes_groups:
             raise ValueError(
                 f"{type(self).__name__} has no groups; got `groups`={groups}. Use "
-                "ConvGroupedKFCFB or ConvDiagonalFB."
+                f"{self.with_groups} or ConvDiagonalFB."
             )
         self.groups = self.spec.groups
         self.filter_shape = self.spec.filter_shape

@@ -128,7 +128,10 @@ def hint_at_sequences(array: Array) -> str:
     """Which approximations take a sequence, for a message about one that does not fit."""
     if array.ndim != 3:
         return ""
-    return " (approx='kron_expand' or 'kron_reduce' for sequences [N, T, d])"
+    return (
+        " (approx='kron_expand', 'kron_reduce', 'ekfac_expand' or 'ekfac_reduce' for sequences "
+        "[N, T, d])"
+    )
 
 
 def require_diagonal_input(one_hot_depth: int | None, is_diagonal: bool) -> None:

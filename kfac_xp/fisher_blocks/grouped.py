@@ -248,13 +248,17 @@ class ConvGroupedKFCFB(Convolution):
         blocks = [
             kron(A.cov, G.cov) for A, G in zip(self.input_factors, self.output_factors, strict=True)
         ]
+        return self.renorm_coeff * self._side_by_side(blocks)
+
+    def _side_by_side(self, blocks: list[Array]) -> Array:
+        """One matrix of those of all groups, in the order of `full_fisher_block`."""
         xp, g = array_namespace(*blocks), self.groups
         d, c = (factors[0].moment.shape[0] for factors in (self.input_factors, self.output_factors))
         stack = xp.reshape(xp.stack(blocks), (g, d, c, d, c))
         stack = xp.permute_dims(stack, (1, 0, 2, 3, 4))[:, :, :, :, None, :]
         same = xp.eye(g, dtype=stack.dtype, device=device_of(stack))
         full = stack * xp.reshape(same, (1, g, 1, 1, g, 1))
-        return self.renorm_coeff * xp.reshape(full, (d * g * c, d * g * c))
+        return xp.reshape(full, (d * g * c, d * g * c))
 
     # ------------------------------------------------------------------ helpers
 
@@ -301,7 +305,7 @@ class ConvGroupedKFCFB(Convolution):
                 self._factor(
                     f"input_{k}",
                     ConvInputKroneckerFactor,
-                    [_channels(x, k, widths[0]) for x in inputs],
+                    [channels_of_group(x, k, widths[0]) for x in inputs],
                     filter_shape,
                     geometry.padding,
                     geometry.strides,
@@ -310,7 +314,7 @@ class ConvGroupedKFCFB(Convolution):
                     patch_mask=self.patch_mask,
                 )
             )
-            own_grads = [[_channels(x, k, widths[1]) for x in towers] for towers in grads]
+            own_grads = [[channels_of_group(x, k, widths[1]) for x in towers] for towers in grads]
             self.output_factors.append(
                 self._factor(f"output_{k}", ConvOutputKroneckerFactor, own_grads)
             )
@@ -406,7 +410,7 @@ class GroupDamping:
         return f"GroupDamping({self.block.name}, {self.group}, {side})"
 
 
-def _channels(x: Any, group: int, width: int) -> Any:
+def channels_of_group(x: Any, group: int, width: int) -> Any:
     """The channels of one group, or a placeholder for them."""
     if isinstance(x, Placeholder):
         return x.derived(("group", group, width), (*x.shape[:-1], width))

@@ -71,8 +71,8 @@ class SharedOverLocations(InputOutputMultiTower):
             self._require_same_locations(arrays)
             self.note_batch(arrays)
 
-    def _checked_inputs(self, inputs: list[Any]) -> list[Array]:
-        towers = super()._checked_inputs(inputs)
+    def _required_inputs(self, inputs: list[Any]) -> list[Array]:
+        towers = super()._required_inputs(inputs)
         self._require_same_locations(inputs)
         return towers
 

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from kfac_xp.backend import array_namespace
 from kfac_xp.batches import (
     Placeholder,
     as_sources,
@@ -86,6 +87,7 @@ class InputOutputMultiTower(FisherBlock):
             self._joined([self._inputs_in(x) for x in inputs]),
             [self._joined([self._grads_in(g) for g in towers]) for towers in sources],
         )
+        self._make_case_factors(inputs, sources)
         self._damping = damping
 
     def update_cov(
@@ -142,6 +144,9 @@ class InputOutputMultiTower(FisherBlock):
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
         """Make or get the factors for towers that were joined where that is asked for."""
 
+    def _make_case_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
+        """Make those, if any, that take towers as `_case_inputs_in` makes them."""
+
     @abc.abstractmethod
     def _input_pattern(self) -> tuple[int | str, ...]:
         """Shape that the layer's inputs must have."""
@@ -169,6 +174,14 @@ class InputOutputMultiTower(FisherBlock):
         """The same of the gradients."""
         return tower
 
+    def _case_inputs_in(self, tower: Any) -> Any:
+        """As `_inputs_in`, with everything that belongs to a case in one entry, cases first."""
+        return self._inputs_in(tower)
+
+    def _case_grads_in(self, tower: Any) -> Any:
+        """The same of the gradients."""
+        return self._grads_in(tower)
+
     def _hint(self, array: Array) -> str:
         """What an error about the shape of inputs or gradients says besides."""
         return ""
@@ -181,21 +194,30 @@ class InputOutputMultiTower(FisherBlock):
 
     def _checked_inputs(self, inputs: list[Any]) -> list[Array]:
         """The towers as the factors take them."""
+        return self._joined([self._inputs_in(x) for x in self._required_inputs(inputs)])
+
+    def _checked_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
+        """The gradients of one source as the factors take them."""
+        towers = self._required_grads(inputs, grads, source)
+        return self._joined([self._grads_in(g) for g in towers])
+
+    def _required_inputs(self, inputs: list[Any]) -> list[Array]:
+        """The towers, after refusing such as do not fit the layer."""
         self._require_factors()
         for t, x in enumerate(inputs):
             label = f"{self.name}: inputs[{t}]"
             why = f"for this layer's parameters{self._hint(x)}"
             require_shape(label, x, self._input_pattern(), why)
-        return self._joined([self._inputs_in(x) for x in inputs])
+        return inputs
 
-    def _checked_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
-        """The gradients of one source as the factors take them."""
+    def _required_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
+        """The gradients of one source, after refusing such as do not fit the inputs."""
         label = f"{self.name}: outputs_grads[{source}]"
         _require_as_many(label, grads, inputs)
         for t, (x, g) in enumerate(zip(inputs, grads, strict=True)):
             why = f"for inputs of shape {tuple(x.shape)}{self._hint(g)}"
             require_shape(f"{label}[{t}]", g, self._output_pattern(x), why)
-        return self._joined([self._grads_in(g) for g in grads])
+        return grads
 
 
 class LayerFactorFB(InputOutputMultiTower):
@@ -322,7 +344,13 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         """One tower [U, N, ...] as the factors take it: uses as if they were cases."""
         return uses_folded(tower)
 
-    def _checked_inputs(self, inputs: list[Any]) -> list[Array]:
+    def _case_inputs_in(self, tower: Any) -> Any:
+        return _cases_first(self._inputs_in(tower), self._num_axes_of_inputs)
+
+    def _case_grads_in(self, tower: Any) -> Any:
+        return _cases_first(self._grads_in(tower), self._num_axes_of_outputs)
+
+    def _required_inputs(self, inputs: list[Any]) -> list[Array]:
         self._require_factors()
         towers = [self._tower(f"inputs[{t}]", x) for t, x in enumerate(inputs)]
         for t, x in enumerate(towers):
@@ -335,9 +363,9 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
                 f"`{self.name}: inputs` must have the same number of uses on every tower; "
                 f"got {[x.shape[0] for x in towers]}."
             )
-        return self._joined([self._inputs_in(x) for x in towers])
+        return towers
 
-    def _checked_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
+    def _required_grads(self, inputs: list[Any], grads: list[Any], source: int) -> list[Array]:
         label = f"{self.name}: outputs_grads[{source}]"
         _require_as_many(label, grads, inputs)
         towers = []
@@ -349,12 +377,20 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
             why = f"for inputs of shape {folded.shape}{self._hint(gs)}"
             require_shape(name, uses_folded(gs), pattern, why)
             towers.append(gs)
-        return self._joined([self._grads_in(g) for g in towers])
+        return towers
 
     def _shape(self, name: str, tower: Any) -> tuple[int, ...]:
         """``(U, N, ...)`` of the inputs of one tower."""
         label, ndim = f"{self.name}: {name}", self._num_axes_of_inputs
         return shape_of_uses(label, tower, self._known_num_uses, ndim)
+
+
+def _cases_first(tower: Any, num_axes: int) -> Any:
+    """One tower [U, N, ...] as [N, U, ...], with `num_axes` axes in one use; or a placeholder."""
+    if isinstance(tower, Placeholder):
+        return tower.derived("cases first", (None, None, *tower.shape[tower.ndim - num_axes + 1 :]))
+    axes = (1, 0, *range(2, tower.ndim))
+    return array_namespace(tower).permute_dims(tower, axes)
 
 
 def _require_as_many(label: str, grads: list[Any], inputs: list[Any]) -> None:

@@ -97,6 +97,11 @@ class FullyConnectedKFACExpandFB(SharedOverLocations, FullyConnectedKFACBasicFB)
     def _grads_in(self, tower: Any) -> Any:
         return self._inputs_in(tower)
 
+    def _case_inputs_in(self, tower: Any) -> Any:
+        return _whole_sequences(self.name, tower)
+
+    _case_grads_in = _case_inputs_in
+
     def _hint(self, array: Array) -> str:
         return _hint_at_vectors(array)
 
@@ -151,6 +156,11 @@ class FullyConnectedKFACReduceFB(FullyConnectedKFACBasicFB):
         return _sequences(
             self.name, tower, lambda xp, x: xp.sum(as_statistics(detached(x), dtype), axis=1)
         )
+
+    def _case_inputs_in(self, tower: Any) -> Any:
+        return _whole_sequences(self.name, tower)
+
+    _case_grads_in = _case_inputs_in
 
     def _hint(self, array: Array) -> str:
         return _hint_at_vectors(array)
@@ -255,6 +265,12 @@ class ConvKFACReduceFB(Convolution, KroneckerProductFB):
         grads = as_statistics(detached(grads), self.options.dtype)
         return array_namespace(grads).sum(grads, axis=tuple(range(1, grads.ndim - 1)))
 
+    def _case_inputs_in(self, tower: Any) -> Any:
+        return super()._inputs_in(tower)
+
+    def _case_grads_in(self, tower: Any) -> Any:
+        return super()._grads_in(tower)
+
 
 def _sequences(name: str, tower: Any, change: Any) -> Any:
     """A function applied to an array [N, T, d]; placeholders are for its result already."""
@@ -266,6 +282,13 @@ def _sequences(name: str, tower: Any, change: Any) -> Any:
             f"got shape {tuple(tower.shape)}."
         )
     return change(array_namespace(tower), tower)
+
+
+def _whole_sequences(name: str, tower: Any) -> Any:
+    """An array [N, T, d] as it is, or a placeholder for one."""
+    if isinstance(tower, Placeholder):
+        return tower.derived("whole sequences", (None, None, tower.shape[-1]))
+    return _sequences(name, tower, lambda _, x: x)
 
 
 def _hint_at_vectors(array: Array) -> str:

@@ -11,6 +11,7 @@ from kfac_xp.fisher_factors.convolution import (
     ConvInputKroneckerFactor,
     ConvOutputKroneckerFactor,
 )
+from kfac_xp.fisher_factors.embedding_rotated import EmbeddingRotatedFactor
 from kfac_xp.fisher_factors.forms import (
     DenseSquareMatrixFactor,
     DiagonalFactor,
@@ -30,10 +31,12 @@ from kfac_xp.fisher_factors.multi_use import (
     FullyConnectedMultiKF,
 )
 from kfac_xp.fisher_factors.rotated import (
+    ConvGroupedRotatedFactor,
     ConvRotatedFactor,
     FullyConnectedRotatedFactor,
     RotatedDiagonalFactor,
     Side,
+    SideOfGroups,
 )
 from kfac_xp.fisher_factors.scale_and_shift import (
     ScaleAndShiftDiagonalFactor,
@@ -48,6 +51,7 @@ from kfac_xp.fisher_factors.tensor_normal import (
 
 __all__ = [
     "ConvDiagonalFactor",
+    "ConvGroupedRotatedFactor",
     "ConvInputKroneckerFactor",
     "ConvInputMultiKF",
     "ConvInputSUAKroneckerFactor",
@@ -59,6 +63,7 @@ __all__ = [
     "DiagonalFactor",
     "DiagonalKroneckerFactor",
     "DiagonalMultiKF",
+    "EmbeddingRotatedFactor",
     "FisherFactor",
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
@@ -74,6 +79,7 @@ __all__ = [
     "ScaleAndShiftFullFactor",
     "moments_of_groups",
     "Side",
+    "SideOfGroups",
     "params_sources",
     "follow",
     "refresh_factors",

@@ -3,39 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from kfac_xp.averages import is_finite
+from kfac_xp.averages import MovingAverage, is_finite
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_factors.base import FisherFactor
 from kfac_xp.fisher_factors.convolution import ConvDiagonalFactor
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import FullyConnectedDiagonalFactor
+from kfac_xp.grouped_moments import GroupedConvRotatedMoment
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Damping
 
 
 class Side(NamedTuple):
-    """One Kronecker factor whose eigenbasis is used, and the damping it is registered with."""
+    """One Kronecker factor whose eigenbasis is used, and the damping it is registered with.
 
-    factor: InverseProvidingFactor
+    That of a diagonal factor is made of unit vectors, which are not stored.
+    """
+
+    factor: FisherFactor
     damping: Damping
 
     def register(self) -> None:
         """Ask for the eigenbasis."""
-        self.factor.register_eigenbasis(self.damping)
+        if isinstance(self.factor, InverseProvidingFactor):
+            self.factor.register_eigenbasis(self.damping)
 
-    def eigenbasis(self) -> tuple[Array, Array]:
-        """Eigenvalues and eigenvectors, as last computed."""
-        return self.factor.get_eigenbasis(self.damping)
+    def eigenbasis(self) -> tuple[Array, Array | None]:
+        """Eigenvalues and eigenvectors, as last computed; None for unit vectors."""
+        if isinstance(self.factor, InverseProvidingFactor):
+            return self.factor.get_eigenbasis(self.damping)
+        return self.factor.cov, None
+
+    @property
+    def average(self) -> MovingAverage:
+        """The average whose weights a new S starts with."""
+        return self.factor._require_average()
+
+
+class SideOfGroups(NamedTuple):
+    """The sides of all groups of channels; their eigenbases are stacked."""
+
+    groups: tuple[Side, ...]
+
+    def register(self) -> None:
+        """Ask for the eigenbases."""
+        for side in self.groups:
+            side.register()
+
+    def eigenbasis(self) -> tuple[Array, Array | None]:
+        """Eigenvalues [groups, n] and eigenvectors [groups, n, n]."""
+        values, vectors = zip(*(side.eigenbasis() for side in self.groups), strict=True)
+        xp = array_namespace(*values)
+        return xp.stack(values), xp.stack(vectors)
+
+    @property
+    def average(self) -> MovingAverage:
+        """That of any group: all are updated together."""
+        return self.groups[0].average
+
+
+Sides: TypeAlias = tuple[Side, Side] | tuple[SideOfGroups, SideOfGroups]
+"""The input and the output side."""
+
+Basis: TypeAlias = tuple[Array | None, Array]
+"""Eigenvectors of the input and the output factors, in columns; None for unit vectors."""
 
 
 class RotatedDiagonalFactor(DiagonalFactor):
     """Second moments of each case's gradient in the eigenbasis of an input and an output factor.
 
     Estimates ``S = E[(U_A^T (sum_t a_t ds_t^T) U_G) ** 2]``, elementwise, over cases: the diagonal
-    that is nearest to the Fisher in that basis. Divided by the number of cases, not by that of
-    locations; summed over sources, averaged over towers.
+    of the Fisher in that basis, which is the one nearest to it. A case's gradient is the sum over
+    all places t at which the weights are applied to it: locations, places of a sequence, uses.
+    Divided by the number of cases, not by that of places; summed over sources, averaged over
+    towers. Of a layer with groups of channels there are such S and bases for each group, stacked.
 
     The basis is taken over from the two factors by `update_inverses`, after theirs. Batches are
     averaged in the basis of the time. A new basis finds S changed to
@@ -57,9 +100,13 @@ class RotatedDiagonalFactor(DiagonalFactor):
     algorithm 1.
     """
 
-    def _set_sides(self, sides: tuple[Side, Side], scale: Callable[[], float]) -> None:
+    def _set_sides(
+        self,
+        sides: Sides,
+        scale: Callable[[], float],
+    ) -> None:
         self._sides, self._scale = sides, scale
-        self._basis: tuple[Array, Array] | None = None
+        self._basis: Basis | None = None
         self._basis_updates = 0
         for side in sides:
             side.register()
@@ -70,8 +117,10 @@ class RotatedDiagonalFactor(DiagonalFactor):
         return self._basis is not None
 
     @property
-    def basis(self) -> tuple[Array, Array]:
-        """``(U_A, U_G)``: orthonormal eigenvectors in columns.
+    def basis(self) -> Basis:
+        """``(U_A, U_G)``: orthonormal eigenvectors in columns; with groups stacks of them.
+
+        U_A is None where it is the identity, as it is if the input factor is diagonal.
 
         Raises
         ------
@@ -96,8 +145,9 @@ class RotatedDiagonalFactor(DiagonalFactor):
         """The average, and the basis that it is in, which belongs to it with or without powers."""
         state = super().state_dict(powers=powers)
         if self._basis is not None:
-            u_in, u_out = self._basis
-            state["basis"] = {"input": u_in, "output": u_out, "updates": self._basis_updates}
+            sides = zip(("input", "output"), self._basis, strict=True)
+            vectors = {side: u for side, u in sides if u is not None}
+            state["basis"] = vectors | {"updates": self._basis_updates}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -108,7 +158,8 @@ class RotatedDiagonalFactor(DiagonalFactor):
             return
         xp, saved = array_namespace(self._like), state["basis"]
         place = {"dtype": self._like.dtype, "device": device_of(self._like)}
-        u_in, u_out = (xp.asarray(saved[side], **place) for side in ("input", "output"))
+        u_in = xp.asarray(saved["input"], **place) if "input" in saved else None
+        u_out = xp.asarray(saved["output"], **place)
         self._basis, self._basis_updates = (u_in, u_out), int(saved["updates"])
 
     @property
@@ -128,11 +179,13 @@ class RotatedDiagonalFactor(DiagonalFactor):
     def _follow(self) -> None:
         """Take over the eigenbasis that was computed last, and bring S into it."""
         (w_in, u_in), (w_out, u_out) = (side.eigenbasis() for side in self._sides)
+        assert u_out is not None
         self.instantiate_cov_variables()
         average = self._require_average()
         if self._basis is None:
-            counted = self._sides[0].factor._require_average()
-            start = w_in[:, None] * w_out[None, :] * as_scalar_like(self._scale(), w_in)
+            counted = self._sides[0].average
+            products = w_in[..., :, None] * w_out[..., None, :]
+            start = products * as_scalar_like(self._scale(), w_in)
             if not is_finite(start):
                 raise FloatingPointError(
                     f"the eigenvalues of {self.label} overflow: the product of those of its two "
@@ -141,22 +194,26 @@ class RotatedDiagonalFactor(DiagonalFactor):
                 )
             average.restart(start, counted.weight, max(1, counted.num_updates))
         else:
-            with exact_products(u_in):
+            with exact_products(u_out):
                 turns = [_squared_turn(*u) for u in zip(self._basis, (u_in, u_out), strict=True)]
                 average.transform(lambda s: _turned(s, *turns))
         self._basis, self._basis_updates = (u_in, u_out), average.num_updates
 
 
-def _squared_turn(old: Array, new: Array) -> Array:
-    """The squared entries of ``old^T new``: rows and columns add up to 1."""
+def _squared_turn(old: Array | None, new: Array | None) -> Array | None:
+    """The squared entries of ``old^T new``: rows and columns add up to 1. None: no turn."""
+    if old is None or new is None:
+        return None
     xp = array_namespace(old, new)
     turn = xp.matmul(xp.matrix_transpose(old), new)
     return turn * turn
 
 
-def _turned(s: Array, by_in: Array, by_out: Array) -> Array:
+def _turned(s: Array, by_in: Array | None, by_out: Array | None) -> Array:
     xp = array_namespace(s)
-    return xp.matmul(xp.matmul(xp.matrix_transpose(by_in), s), by_out)
+    if by_in is not None:
+        s = xp.matmul(xp.matrix_transpose(by_in), s)
+    return s if by_out is None else xp.matmul(s, by_out)
 
 
 class FullyConnectedRotatedFactor(RotatedDiagonalFactor, FullyConnectedDiagonalFactor):
@@ -192,6 +249,8 @@ class FullyConnectedRotatedFactor(RotatedDiagonalFactor, FullyConnectedDiagonalF
 class ConvRotatedFactor(RotatedDiagonalFactor, ConvDiagonalFactor):
     """Corrected eigenvalues of a convolution: see `RotatedDiagonalFactor`.
 
+    And of a dense layer over places or uses, [N, T, d], which is one with a single tap.
+
     Parameters
     ----------
     inputs, outputs_grads, ...
@@ -205,7 +264,7 @@ class ConvRotatedFactor(RotatedDiagonalFactor, ConvDiagonalFactor):
     def __init__(
         self,
         *data_and_geometry: Any,
-        sides: tuple[Side, Side],
+        sides: Sides,
         scale: Callable[[], float],
         name: str | None = None,
         **options: Any,
@@ -215,3 +274,32 @@ class ConvRotatedFactor(RotatedDiagonalFactor, ConvDiagonalFactor):
 
     def _padded(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*arguments, None)[:3]
+
+
+class ConvGroupedRotatedFactor(ConvRotatedFactor):
+    """Corrected eigenvalues of a convolution with groups, [groups, D, C_out / groups].
+
+    Parameters
+    ----------
+    inputs, outputs_grads, ...
+        As for `ConvDiagonalFactor`, in its order.
+    sides, scale
+        As for `FullyConnectedRotatedFactor`, with the sides of all groups.
+    **options
+        ``groups``, fields of `FactorOptions`, and ``name``.
+    """
+
+    def __init__(
+        self,
+        *data_and_geometry: Any,
+        sides: tuple[SideOfGroups, SideOfGroups],
+        scale: Callable[[], float],
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*data_and_geometry, sides=sides, scale=scale, name=name, **options)
+        whole = self.moment
+        channels = whole.in_channels, whole.out_channels
+        self.moment = GroupedConvRotatedMoment(  # type: ignore[assignment]
+            whole.geometry, *channels, whole.groups, whole.has_bias
+        )

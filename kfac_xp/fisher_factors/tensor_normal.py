@@ -70,6 +70,11 @@ class ConvTensorNormalMoment:
     side: GradientSide
 
     @property
+    def dimension(self) -> int:
+        """Size of the side, without the bias."""
+        return self.shape[0] - (self.has_bias and self.side == "input")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``[D, D]`` with ``D = prod(kernel) * C_in (+ 1)``, or ``[C_out, C_out]``."""
         if self.side == "output":
@@ -157,7 +162,8 @@ class ConvTensorNormalFactor(InverseProvidingFactor):
     """Factor for one side of the gradients of a convolution, over any number of spatial axes.
 
     As `FullyConnectedTensorNormalFactor`, of the gradients as matrices: a case's gradient is
-    ``sum_t a_t ds_t^T`` over the locations t, of shape [prod(kernel) * C_in (+ 1), C_out].
+    ``sum_t a_t ds_t^T`` over the locations t, of shape [prod(kernel) * C_in (+ 1), C_out]. A dense
+    layer over places or uses, [N, T, d], is a convolution with a single tap.
 
     Parameters
     ----------

@@ -51,13 +51,15 @@ class LayerEntries(ApproximationChoices, abc.ABC):
         """
         maker = self._maker(kind, name, approx)
         is_ids = arguments.get("one_hot_depth") is not None
-        chosen, _, fixed = maker
-        if is_ids and not fixed.get("diagonal_approx_for_input"):
-            table = APPROXIMATIONS[kind].items()
-            exact = [n for n, (_, a) in table if a.get("diagonal_approx_for_input")]
+        exact = [
+            chosen
+            for chosen, (cls, fixed) in APPROXIMATIONS[kind].items()
+            if cls.takes_class_ids or fixed.get("diagonal_approx_for_input")
+        ]
+        if is_ids and maker[0] not in exact:
             raise ValueError(
                 f"`approx` of the embedding {name!r} must be one with a diagonal input factor, "
-                f"which is exact for class ids: {exact}; got {chosen!r}."
+                f"which is exact for class ids: {exact}; got {maker[0]!r}."
             )
         block = self._made(maker, name, arguments)
         of_inputs, of_outputs = sides(block)
