@@ -50,6 +50,13 @@ def damped_product(A, G, r, damping, split, pi_type):
     return r * np.kron(A + a * np.eye(len(A)), G + g * np.eye(len(G)))
 
 
+def corrected(entries, u_in, u_out):
+    """A diagonal in the eigenbasis of two factors; None stands for unit vectors."""
+    u_in = np.eye(entries.shape[0]) if u_in is None else to_numpy(u_in)
+    basis = np.kron(u_in, to_numpy(u_out))
+    return (basis * to_numpy(entries).ravel()) @ basis.T
+
+
 def own_order(block, dense):
     """From the order of a channels-last kernel [d_in, d_out] to that of the layer's own."""
     if block.spec is None or type(block).__name__.startswith("Depthwise"):
@@ -80,14 +87,18 @@ def dense_block(block, damping=0.0, split="pi", pi_type="tracenorm"):
         rows = np.arange(len(covariance_of(block.input_factors[0])))
         dense = np.zeros((len(rows) * block.filter_shape[-1],) * 2)
         for k in range(block.groups):
-            sides = (covariance_of(f[k]) for f in (block.input_factors, block.output_factors))
             columns = np.arange(k * widths, (k + 1) * widths)
             places = (rows[:, None] * block.filter_shape[-1] + columns).ravel()
-            product = damped_product(*sides, block.renorm_coeff, damping, split, pi_type)
+            if isinstance(block, kfac_xp.EigenvalueCorrectedFB):
+                factor = block.rotated_factor
+                product = corrected(factor.cov[k, ...], *(u[k, ...] for u in factor.basis))
+                product += damping * np.eye(len(product)) if split == "pi" else 0
+            else:
+                sides = (covariance_of(f[k]) for f in (block.input_factors, block.output_factors))
+                product = damped_product(*sides, block.renorm_coeff, damping, split, pi_type)
             dense[np.ix_(places, places)] = product
     elif isinstance(block, kfac_xp.EigenvalueCorrectedFB):
-        basis = np.kron(*(to_numpy(u) for u in block.rotated_factor.basis))
-        dense = (basis * to_numpy(block.rotated_factor.cov).ravel()) @ basis.T
+        dense = corrected(block.rotated_factor.cov, *block.rotated_factor.basis)
         dense += damping * np.eye(len(dense)) if split == "pi" else 0
     else:
         covs = [covariance_of(f) for f in block.factors.values()]
@@ -137,14 +148,14 @@ def blocks(xp, rng):
     def used(cls, **extra):
         return lambda **options: filled(cls(None, **extra, **options), draw(2, 8, 3), draw(2, 8, 2))
 
-    def corrected(make):
+    def measured(make):
         """With the eigenvalues of a second batch, in the basis of the first."""
 
         def call(**options):
             block = make(**options)
             block.update_inverses()
-            data = {"inputs": block._inputs[0], "outputs_grads": block._outputs[0]}
-            block.update_cov(**{k: xp.flip(v, axis=-1) for k, v in data.items()}, ema_decay=0.9)
+            inputs, grads = block._inputs[0], xp.flip(block._outputs[0], axis=-1)
+            block.update_cov(inputs=xp.flip(inputs, axis=-1), outputs_grads=grads, ema_decay=0.9)
             return block
 
         return call
@@ -215,8 +226,35 @@ def blocks(xp, rng):
         "conv_reduce": image(lambda **o: kfac_xp.ConvKFACReduceFB(None, kernel, "SAME", **o)),
         "tnt": dense_of(kfac_xp.FullyConnectedTNTFB),
         "conv_tnt": image(lambda **o: kfac_xp.ConvTNTFB(None, kernel, "SAME", **o)),
-        "ekfac": corrected(dense_of(kfac_xp.FullyConnectedEKFACFB)),
-        "conv_ekfac": corrected(image(lambda **o: kfac_xp.ConvEKFACFB(None, kernel, "SAME", **o))),
+        "multi_tnt": used(kfac_xp.FullyConnectedMultiTNTFB, has_bias=True),
+        "grouped_tnt": image(
+            lambda **o: kfac_xp.ConvGroupedTNTFB(None, grouped, "SAME", groups=2, **o), 4
+        ),
+        "ekfac": measured(dense_of(kfac_xp.FullyConnectedEKFACFB)),
+        "conv_ekfac": measured(image(lambda **o: kfac_xp.ConvEKFACFB(None, kernel, "SAME", **o))),
+        "ekfac_ids": measured(
+            lambda **options: filled(
+                kfac_xp.FullyConnectedEKFACFB(None, one_hot_depth=3, **options),
+                xp.asarray(rng.permutation(np.arange(8) % 3)),
+                draw(8, 2),
+            )
+        ),
+        "multi_ekfac": measured(used(kfac_xp.FullyConnectedMultiEKFACFB, has_bias=True)),
+        "ekfac_reduce": measured(
+            dense_of(kfac_xp.FullyConnectedEKFACReduceFB, *sequences, kernel_layout="OI")
+        ),
+        "grouped_ekfac": measured(
+            image(lambda **o: kfac_xp.ConvGroupedEKFACFB(None, grouped, "SAME", groups=2, **o), 4)
+        ),
+        "transposed_ekfac": measured(
+            lambda **options: filled(
+                kfac_xp.ConvGroupedEKFACFB(
+                    None, turned, "SAME", groups=2, kind="transposed", **options
+                ),
+                draw(6, 3, 4, 4),
+                draw(6, 3, 4, 4),
+            )
+        ),
         "series_1": used(kfac_xp.FullyConnectedSeriesFB, option=1),
         "series_2": used(kfac_xp.FullyConnectedSeriesFB, option=2),
     }
@@ -246,8 +284,15 @@ SPECTRAL = [
     "conv_reduce",
     "tnt",
     "conv_tnt",
+    "multi_tnt",
+    "grouped_tnt",
     "ekfac",
     "conv_ekfac",
+    "ekfac_ids",
+    "multi_ekfac",
+    "ekfac_reduce",
+    "grouped_ekfac",
+    "transposed_ekfac",
 ]
 """Kinds of blocks whose matrices have eigenvalues."""
 

@@ -153,6 +153,10 @@ def scale_and_shift(p):
     return p.normal(3), p.normal(2, 3)
 
 
+def convolved_twice(p):
+    return p.normal(2, 4, 4, 4, 2), p.normal(2, 4, 4, 4, 3)
+
+
 FILTER, DEPTHWISE = kernel(3, 3, 2, 3), kernel(3, 3, 2, 2)
 
 BLOCKS = {
@@ -164,18 +168,41 @@ BLOCKS = {
         convolved(4),
         kernel(3, 3, 1, 4),
     ),
+    "ConvGroupedEKFACFB": block(
+        lambda p: kfac_xp.ConvGroupedEKFACFB(None, kernel(3, 3, 1, 4)(p), "SAME", groups=2),
+        convolved(4),
+        kernel(3, 3, 1, 4),
+    ),
+    "ConvGroupedTNTFB": block(
+        lambda p: kfac_xp.ConvGroupedTNTFB(None, kernel(3, 3, 1, 4)(p), "SAME", groups=2),
+        convolved(4),
+        kernel(3, 3, 1, 4),
+    ),
     "ConvKFACReduceFB": block(
         lambda p: kfac_xp.ConvKFACReduceFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
     "ConvEKFACFB": block(
         lambda p: kfac_xp.ConvEKFACFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
+    "ConvEKFACReduceFB": block(
+        lambda p: kfac_xp.ConvEKFACReduceFB(None, FILTER(p), "SAME"), convolved(), FILTER
+    ),
     "ConvKFCBasicFB": block(
         lambda p: kfac_xp.ConvKFCBasicFB(None, FILTER(p), "SAME"), convolved(), FILTER
     ),
     "ConvKFCBasicMultiIndepFB": block(
         lambda p: kfac_xp.ConvKFCBasicMultiIndepFB(None, FILTER(p), "SAME", num_uses=2),
-        lambda p: (p.normal(2, 4, 4, 4, 2), p.normal(2, 4, 4, 4, 3)),
+        convolved_twice,
+        FILTER,
+    ),
+    "ConvMultiEKFACFB": block(
+        lambda p: kfac_xp.ConvMultiEKFACFB(None, FILTER(p), "SAME", num_uses=2),
+        convolved_twice,
+        FILTER,
+    ),
+    "ConvMultiTNTFB": block(
+        lambda p: kfac_xp.ConvMultiTNTFB(None, FILTER(p), "SAME", num_uses=2),
+        convolved_twice,
         FILTER,
     ),
     "ConvTNTFB": block(lambda p: kfac_xp.ConvTNTFB(None, FILTER(p), "SAME"), convolved(), FILTER),
@@ -191,6 +218,18 @@ BLOCKS = {
     ),
     "FullyConnectedDiagonalFB": block(
         lambda p: kfac_xp.FullyConnectedDiagonalFB(None, True), dense, kernel_and_bias
+    ),
+    "FullyConnectedEKFACExpandFB": block(
+        lambda p: kfac_xp.FullyConnectedEKFACExpandFB(None, True), sequences, kernel_and_bias
+    ),
+    "FullyConnectedEKFACReduceFB": block(
+        lambda p: kfac_xp.FullyConnectedEKFACReduceFB(None, True), sequences, kernel_and_bias
+    ),
+    "FullyConnectedMultiEKFACFB": block(
+        lambda p: kfac_xp.FullyConnectedMultiEKFACFB(None, num_uses=2), used_twice, kernel(3, 2)
+    ),
+    "FullyConnectedMultiTNTFB": block(
+        lambda p: kfac_xp.FullyConnectedMultiTNTFB(None, num_uses=2), used_twice, kernel(3, 2)
     ),
     "FullyConnectedEKFACFB": block(
         lambda p: kfac_xp.FullyConnectedEKFACFB(None, True), dense, kernel_and_bias

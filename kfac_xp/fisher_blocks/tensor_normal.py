@@ -207,6 +207,8 @@ class ConvTNTFB(TensorNormalFB, Convolution, KroneckerProductFB):
     Ren and Goldfarb (2021), arXiv:2106.02925.
     """
 
+    with_groups = "ConvGroupedTNTFB"
+
     def __init__(
         self,
         layer_collection: FactorMaker | None,
