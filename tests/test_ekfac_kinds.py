@@ -341,6 +341,30 @@ def test_a_mask_is_on_the_rows_of_each_gradient(rng, cls):
     assert np.abs(left_out).max() < 1e-12 * np.abs(found[1]).max()
 
 
+@pytest.mark.parametrize(
+    "title", ["Dense, over sequences", "Embedding, used several times", "Convolution with groups"]
+)
+def test_layers_with_the_same_inputs_share_their_factors(title):
+    """The input factors are kept once, and no number changes."""
+    (form,) = (f for f in FORMS if f.title == title)
+    approx = "ekfac_expand" if "sequences" in title else "ekfac"
+    x, grads, _ = drawn(form)
+    found = []
+    for shared in (None, "a"):
+        layers = kfac_xp.LayerCollection()
+        register = getattr(layers, form.method)
+        for name, other in (("a", None), ("b", shared)):
+            params = form.params(np.zeros(form.num_params))
+            register(name, params, approx=approx, inputs_of=other, **form.keywords or {})
+        estimator = kfac_xp.FisherEstimator(layers, 0.1)
+        for _ in range(3):
+            estimator.update_cov({"a": (x, grads[0]), "b": (x, grads[1])})
+            estimator.update_inverses()
+        found.append((len(estimator.factors), estimator.matrix().to_dense()))
+    assert found[0][0] - found[1][0] == form.groups
+    assert np.array_equal(found[0][1], found[1][1])
+
+
 @pytest.mark.more
 @pytest.mark.parametrize("uses", [0, 3])
 def test_sparse_gradients_of_an_embedding_stay_sparse(xp, rng, uses):
@@ -410,7 +434,15 @@ def test_what_is_refused():
     for cls in (kfac_xp.FullyConnectedEKFACFB, kfac_xp.FullyConnectedMultiEKFACFB):
         with pytest.raises(ValueError, match=r"`has_bias` must be False with `one_hot_depth`.*Use"):
             cls(None, True, one_hot_depth=3)
+    x, g = np.ones((2, 4, 3)), np.ones((2, 4, 2))
+    for side in ("diagonal_approx_for_input", "diagonal_approx_for_output"):
+        block = kfac_xp.FullyConnectedEKFACExpandFB(None, **{side: True})
+        block.register_additional_tower(x, g)
+        with pytest.raises(ValueError, match=f"eigenvectors of both factors.*{side}.*Leave them"):
+            block.instantiate_factors([[g]], 0.1)
     layers = kfac_xp.LayerCollection()
+    with pytest.raises(ValueError, match=r"takes no subsampling.*Use approx='kron_indep'"):
+        layers.register_conv2d_multi("m", kernel, approx="tnt", sub_sample_inputs=True)
     for approx in ("ekfac", "tnt"):
         with pytest.raises(ValueError, match=r"takes no subsampling.*Use approx='kron'"):
             layers.register_conv2d("c", kernel, groups=2, approx=approx, sub_sample_inputs=True)

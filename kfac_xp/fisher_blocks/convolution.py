@@ -41,6 +41,9 @@ class Convolution(SharedOverLocations):
     with_groups: ClassVar[str] = "ConvGroupedKFCFB"
     """The block of the same kind that takes groups, if this does not."""
 
+    takes_subsampling: ClassVar[bool] = False
+    """Whether the input factor may be made of a part of the batch."""
+
     dilation_argument: ClassVar[str] = "dilation_rate"
     """What the constructor calls the dilation."""
 
@@ -226,6 +229,8 @@ class ConvKFCBasicFB(Convolution, KroneckerProductFB):
                 "`use_sua_approx_for_input_factor` forms no patches, so it takes no `patch_mask` "
                 "and does not subsample. Leave them out, or the approximation."
             )
+
+    takes_subsampling = True
 
     @property
     def renorm_coeff(self) -> float:

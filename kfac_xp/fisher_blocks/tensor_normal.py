@@ -171,7 +171,8 @@ class FullyConnectedMultiTNTFB(TensorNormalFB, FullyConnectedMultiIndepFB):
         name: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(layer_collection, has_bias, num_uses, name=name, **options)
+        sides = False, False  # which are full
+        super().__init__(layer_collection, has_bias, num_uses, *sides, name=name, **options)
 
     @property
     def _num_places(self) -> int:
@@ -295,6 +296,8 @@ class ConvMultiTNTFB(TensorNormalFB, ConvKFCBasicMultiIndepFB):
             name=name,
             **options,
         )
+
+    takes_subsampling = False
 
     @property
     def _num_places(self) -> int:

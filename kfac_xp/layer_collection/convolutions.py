@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_xp.fisher_blocks import ConvKFCBasicFB, FisherBlock
+from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.fisher_blocks.convolution import Convolution
 from kfac_xp.geometry import Padding
 from kfac_xp.layer_collection.approximations import APPROXIMATIONS
@@ -65,8 +65,8 @@ class ConvolutionRegistry(LayerEntries):
             over three.)
         approx
             ``"kron"`` (the default; ``"kron_expand"`` is the same), ``"kron_reduce"``,
-            ``"diagonal"``, ``"kron_sua"``, ``"ekfac"`` or ``"tnt"``; with groups ``"kron"``,
-            ``"kron_expand"`` or ``"diagonal"``.
+            ``"diagonal"``, ``"kron_sua"``, ``"ekfac"``, ``"ekfac_reduce"`` or ``"tnt"``; with
+            groups ``"kron"``, ``"kron_expand"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``.
         **keywords
             ``groups``: how many parts of the channels have nothing to do with each other.
             ``kernel_layout``: order of the kernel's axes in parameters, gradients and results,
@@ -136,8 +136,9 @@ class ConvolutionRegistry(LayerEntries):
         output_padding
             Outputs appended after the last: one int per spatial axis, less than its stride.
         approx
-            ``"kron"`` (the default; ``"kron_expand"`` is the same), ``"kron_reduce"`` or
-            ``"diagonal"``; with groups ``"kron"``, ``"kron_expand"`` or ``"diagonal"``.
+            ``"kron"`` (the default; ``"kron_expand"`` is the same), ``"kron_reduce"``,
+            ``"diagonal"``, ``"ekfac"``, ``"ekfac_reduce"`` or ``"tnt"``; with groups ``"kron"``,
+            ``"kron_expand"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``.
         **keywords
             As for `register_conv2d`.
 
@@ -188,7 +189,8 @@ class ConvolutionRegistry(LayerEntries):
             convolution [*kernel, C, C * M] that is zero between channels. ``"kron_exact"``: one
             Kronecker product for each channel, and nothing between them, of which the inverse is
             that of the depthwise convolution's own block. ``"diagonal_exact"``: the numbers of
-            ``"diagonal"`` without the zeros.
+            ``"diagonal"`` without the zeros. ``"ekfac"`` and ``"tnt"``: channel by channel, as
+            ``"kron_exact"``.
         kernel_layout
             Order of the kernel's axes: the letters H, W, I for C and O for M.
         """
@@ -257,7 +259,8 @@ class ConvolutionRegistry(LayerEntries):
         """Register a convolution that is used several times on each case.
 
         `num_uses` and the form of the data are as for `register_fully_connected_multi`; the
-        approximation is ``"kron_indep"``. Otherwise as `register_conv2d`, over any number of axes.
+        approximation is ``"kron_indep"`` (the default), ``"ekfac"`` or ``"tnt"``. Otherwise as
+        `register_conv2d`, over any number of axes.
         """
         num_axes = max(1, len(param_shapes(params)[0]) - 2)
         return self._register_convolution(
@@ -322,10 +325,13 @@ class ConvolutionRegistry(LayerEntries):
             "generator": generator,
         }
         given = {key: value for key, value in subsampling.items() if value is not None}
-        if given and not issubclass(cls, ConvKFCBasicFB):
+        if given and not cls.takes_subsampling:
+            table = APPROXIMATIONS[kind].items()
+            takes = [a for a, (c, _) in table if issubclass(c, Convolution) and c.takes_subsampling]
+            instead = f"approx={takes[0]!r}" if takes else "approx='kron' without groups"
             raise ValueError(
                 f"approx={approx!r} of layer {name!r}, registered as {kind}, takes no subsampling: "
-                f"{', '.join(f'`{k}`' for k in given)} given. Use approx='kron' without groups."
+                f"{', '.join(f'`{k}`' for k in given)} given. Use {instead}."
             )
         arguments: dict[str, Any] = {
             "params": params,

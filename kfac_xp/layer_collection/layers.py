@@ -41,10 +41,12 @@ class LayerRegistry(ConvolutionRegistry):
         approx
             ``"kron"`` (the default), ``"kron_in_diag"``, ``"kron_out_diag"``,
             ``"kron_both_diag"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``; over sequences, inputs
-            [N, T, d_in] and gradients [N, T, d_out], ``"kron_expand"`` or ``"kron_reduce"``.
+            [N, T, d_in] and gradients [N, T, d_out], ``"kron_expand"``, ``"kron_reduce"``,
+            ``"ekfac_expand"`` or ``"ekfac_reduce"``.
         dense_inputs
             False for an embedding: its inputs are class ids [N], integers below d_in. It has no
-            bias, and needs an approximation with a diagonal input factor, which is exact for it.
+            bias, and needs an approximation with a diagonal input factor, which is exact for it:
+            ``"kron_in_diag"``, ``"kron_both_diag"`` or ``"ekfac"``.
         kernel_layout
             Order of the kernel's axes in parameters, gradients and results: None or ``"IO"`` for
             [d_in, d_out], ``"OI"`` for [d_out, d_in].
@@ -98,7 +100,9 @@ class LayerRegistry(ConvolutionRegistry):
             arrays [U, N, ...], or with `num_uses` arrays [U * N, ...], the first use first.
         approx
             ``"kron_indep"`` (the default), ``"kron_indep_in_diag"``, ``"kron_indep_out_diag"``,
-            ``"kron_indep_both_diag"``, ``"kron_series_1"`` or ``"kron_series_2"``.
+            ``"kron_indep_both_diag"``, ``"kron_series_1"``, ``"kron_series_2"``, ``"ekfac"`` or
+            ``"tnt"``; with class ids ``"kron_indep_in_diag"``, ``"kron_indep_both_diag"`` or
+            ``"ekfac"``.
 
         Raises
         ------

@@ -60,9 +60,10 @@ class SpatiallyUncorrelated(Dense):
     def register(self, request: Request) -> None:
         """Keep the inverse from the next refresh on; other functions have no such form."""
         if request.kind not in ("matpower", "eigen"):
+            what = "eigenbasis" if request.kind == "eigenbasis" else "Cholesky factor"
             raise NotImplementedError(
-                "a factor with spatially uncorrelated activations has no Cholesky factor of its "
-                "own form. Use ConvInputKroneckerFactor (approx='kron')."
+                f"a factor with spatially uncorrelated activations has no {what} of its own "
+                "form. Use ConvInputKroneckerFactor (approx='kron')."
             )
         if request.kind == "matpower" and request.exp not in (1.0, -1.0):
             raise ValueError(

@@ -9,7 +9,13 @@ from typing import Any
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
 from kfac_xp.fisher_blocks.kronecker import FactorDamping, KroneckerProductFB
 from kfac_xp.fisher_blocks.whole_cases import WholeCases
-from kfac_xp.fisher_factors import FisherFactor, RotatedDiagonalFactor, Side
+from kfac_xp.fisher_factors import (
+    DiagonalFactor,
+    EmbeddingRotatedFactor,
+    FisherFactor,
+    RotatedDiagonalFactor,
+    Side,
+)
 from kfac_xp.linalg import kron
 from kfac_xp.operators import Diag, FullMatrix, KroneckerEigen, LinearOperator
 from kfac_xp.params import IndexedSlices, layer_params_to_mat2d, mat2d_to_layer_params
@@ -185,6 +191,15 @@ class KroneckerEKFACFB(EigenvalueCorrectedFB, KroneckerProductFB):
         self, cls: type[RotatedDiagonalFactor], inputs: list[Any], grads: Any, **keywords: Any
     ) -> RotatedDiagonalFactor:
         """The factor S, of towers that were given to `_make_case_factors`."""
+        whole = [self.output_factor]
+        if cls is not EmbeddingRotatedFactor:
+            whole.append(self.input_factor)
+        if any(isinstance(f, DiagonalFactor) for f in whole):
+            raise ValueError(
+                f"{type(self).__name__} needs the eigenvectors of both factors; got "
+                "`diagonal_approx_for_input` or `diagonal_approx_for_output`. Leave them out, or "
+                "use the Kronecker block, such as FullyConnectedKFACBasicFB."
+            )
         factor: RotatedDiagonalFactor = self._factor(
             "rotated",
             cls,
