@@ -7,6 +7,7 @@ import kfac_xp
 from kfac_xp.fisher_factors import embedding_rotated
 from tests.cases import assert_close, to_numpy
 from tests.layer_forms import FORMS
+from tests.rank_threads import on_ranks
 from tests.whole_cases import drawn
 
 
@@ -65,6 +66,52 @@ def test_layers_with_the_same_inputs_share_their_factors(title):
         found.append((len(estimator.factors), estimator.matrix().to_dense()))
     assert found[0][0] - found[1][0] == form.groups
     assert np.array_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("fraction", [1 / 3, 1.0])
+def test_ranks_keep_the_bases_of_groups_and_ids(fraction):
+    """Every rank turns its cases into the bases that one computes; powers of TNT are divided."""
+    chosen = {
+        "Embedding, used several times": "ekfac",
+        "Convolution with groups": "ekfac",
+        "Transposed convolution with groups": "tnt",
+        "Dense, used several times": "ekfac",
+    }
+    forms = {form.title: form for form in FORMS if form.title in chosen}
+    data = {title: drawn(form, 9)[:2] for title, form in forms.items()}
+
+    def direction(communicator):
+        layers, settings = kfac_xp.LayerCollection(), {}
+        if communicator is not None:
+            settings = {"communicator": communicator, "grad_worker_fraction": fraction}
+        for title, form in forms.items():
+            params = form.params(np.zeros(form.num_params))
+            arguments = form.keywords or {}
+            getattr(layers, form.method)(title, params, approx=chosen[title], **arguments)
+        estimator = kfac_xp.FisherEstimator(layers, 0.1, **settings)
+        part = slice(None)
+        if communicator is not None:
+            part = slice(*((0, 2, 5, 9)[communicator.rank :][:2]))
+        for _ in range(3):
+            statistics = {}
+            for title, (x, (g, _)) in data.items():
+                index = (slice(None), part) if forms[title].uses else part
+                statistics[title] = x[index], g[index]
+            estimator.update_cov(statistics)
+            estimator.update_inverses()
+        ones = {title: form.params(np.ones(form.num_params)) for title, form in forms.items()}
+        return estimator.multiply_inverse(ones)
+
+    alone = direction(None)
+    for found in on_ranks(3, direction):
+        assert not isinstance(found, BaseException), found
+        for title, product in alone.items():
+            for a, b in zip(
+                kfac_xp.params.as_arrays(product),
+                kfac_xp.params.as_arrays(found[title]),
+                strict=True,
+            ):
+                assert_close(b, a, 1e-9, title)
 
 
 @pytest.mark.more

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from kfac_xp.averages import MovingAverage, is_finite
+from kfac_xp.averages import is_finite
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_factors.base import FisherFactor
 from kfac_xp.fisher_factors.convolution import ConvDiagonalFactor
@@ -37,9 +37,9 @@ class Side(NamedTuple):
         return self.factor.cov, None
 
     @property
-    def average(self) -> MovingAverage:
-        """The average whose weights a new S starts with."""
-        return self.factor._require_average()
+    def factors(self) -> tuple[FisherFactor, ...]:
+        """The factor."""
+        return (self.factor,)
 
 
 class SideOfGroups(NamedTuple):
@@ -59,9 +59,9 @@ class SideOfGroups(NamedTuple):
         return xp.stack(values), xp.stack(vectors)
 
     @property
-    def average(self) -> MovingAverage:
-        """That of any group: all are updated together."""
-        return self.groups[0].average
+    def factors(self) -> tuple[FisherFactor, ...]:
+        """One factor for each group."""
+        return tuple(side.factor for side in self.groups)
 
 
 Sides: TypeAlias = tuple[Side, Side] | tuple[SideOfGroups, SideOfGroups]
@@ -164,8 +164,8 @@ class RotatedDiagonalFactor(DiagonalFactor):
 
     @property
     def followed(self) -> tuple[FisherFactor, ...]:
-        """The two factors whose eigenbasis S is in."""
-        return tuple(side.factor for side in self._sides)
+        """The factors whose eigenbasis S is in."""
+        return tuple(factor for side in self._sides for factor in side.factors)
 
     def _sources(self, **data: Any) -> Iterator[list[tuple[Any, ...]]]:
         basis = self.basis
@@ -183,7 +183,7 @@ class RotatedDiagonalFactor(DiagonalFactor):
         self.instantiate_cov_variables()
         average = self._require_average()
         if self._basis is None:
-            counted = self._sides[0].average
+            counted = self._sides[0].factors[0]._require_average()
             products = w_in[..., :, None] * w_out[..., None, :]
             start = products * as_scalar_like(self._scale(), w_in)
             if not is_finite(start):
