@@ -159,6 +159,23 @@ def test_ids_that_cannot_be_read_make_no_statistics(xp):
         assert np.isnan(to_numpy(found)).all()
 
 
+def test_without_a_basis(rng):
+    """What is missing is the inverse update, whatever is asked for."""
+    x, ds = rng.normal(size=(5, 2, 3, 4)), rng.normal(size=(5, 2, 3, 4))
+    ids, grads = np.arange(5), rng.normal(size=(5, 2))
+    for block, inputs, outputs_grads in (
+        (kfac_xp.ConvGroupedEKFACFB(None, np.zeros((1, 1, 2, 4)), "SAME", groups=2), x, ds),
+        (kfac_xp.FullyConnectedEKFACFB(None, one_hot_depth=5), ids, grads),
+    ):
+        block.register_additional_tower(inputs, outputs_grads)
+        block.instantiate_factors([[outputs_grads]], 0.1)
+        block.update_cov(inputs=inputs, outputs_grads=outputs_grads, ema_decay=0.9)
+        zeros = np.zeros((1, 1, 2, 4) if inputs is x else (5, 2))
+        for call in (block.full_fisher_block, block.matrix, lambda: block.multiply(zeros)):  # noqa: B023
+            with pytest.raises(RuntimeError, match=r"has no eigenbasis yet.*`update_inverses"):
+                call()
+
+
 def test_bytes_as_ids():
     ids, grads = np.arange(256).astype(np.uint8), np.ones((256, 1), np.float32)
     block = kfac_xp.FullyConnectedEKFACFB(None, one_hot_depth=256)

@@ -153,15 +153,14 @@ class KroneckerEKFACFB(EigenvalueCorrectedFB, KroneckerProductFB):
         entries, expanded = self._damped_entries(exp), self._expanded(vector)
         given = layer_params_to_mat2d(expanded)
         is_sparse = isinstance(given, IndexedSlices)  # rows of an embedding stay sparse
-        mat = given.with_values(cast(given.values, entries.dtype)) if is_sparse else given
-        mat = mat if is_sparse else cast(mat, entries.dtype)
+        if is_sparse:
+            mat = given.with_values(cast(given.values, entries.dtype))
+            entries = array_namespace(entries).take(entries, given.indices, axis=0)
+        else:
+            mat = cast(given, entries.dtype)
         if there:
             mat = u_out.matmul_right(u_in.matmul(mat, adjoint=True))
-        if is_sparse:
-            rows = array_namespace(entries).take(entries, mat.indices, axis=0)
-            mat = mat.with_values(rows * mat.values)
-        else:
-            mat = entries * mat
+        mat = mat.with_values(entries * mat.values) if is_sparse else entries * mat
         if back:
             mat = u_out.matmul_right(u_in.matmul(mat), adjoint=True)
         if is_sparse:
@@ -169,8 +168,8 @@ class KroneckerEKFACFB(EigenvalueCorrectedFB, KroneckerProductFB):
         return self._contracted(mat2d_to_layer_params(expanded, cast(mat, given.dtype)), vector)
 
     def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
-        entries = self._operator_entries(damping, split)
-        u_in, u_out = (u.astype(entries.dtype) for u in self._basis())
+        basis, entries = self._basis(), self._operator_entries(damping, split)
+        u_in, u_out = (u.astype(entries.dtype) for u in basis)
         return KroneckerEigen(u_in, u_out, entries)
 
     def _basis(self) -> tuple[LinearOperator, LinearOperator]:

@@ -207,8 +207,8 @@ class ConvGroupedEKFACFB(EigenvalueCorrectedFB, ConvGroupedKFCFB):
         return self._in_groups(vector, entries.dtype, product)
 
     def _operator(self, damping: Scalar, split: Split) -> LinearOperator:
-        entries = self._operator_entries(damping, split)
-        u_in, u_out = (cast(u, entries.dtype) for u in self._stacks())
+        stacks, entries = self._stacks(), self._operator_entries(damping, split)
+        u_in, u_out = (cast(u, entries.dtype) for u in stacks)
         return BlockDiagonal(
             {
                 f"group {k}": KroneckerEigen(
