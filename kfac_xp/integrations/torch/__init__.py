@@ -1,4 +1,4 @@
-"""PyTorch modules and functions as they are: their layers found, registered, linearised, trained."""
+"""PyTorch modules and functions as they are: layers found, registered, linearised, trained."""
 
 from kfac_xp.integrations.torch.functions import linearize
 from kfac_xp.integrations.torch.linearization import Linearization

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kfac_xp.integrations.torch.linearization import Linearization, Recorder
+from kfac_xp.integrations.uses import joined
 from kfac_xp.params import map_vectors
 from kfac_xp.typing import Vectors
 
@@ -35,4 +36,4 @@ def linearize(function: Callable[..., Any], params: Vectors, *inputs: Any) -> Li
 
     with torch.enable_grad():
         outputs = function(leaves, *inputs, tap)
-    return Linearization(outputs, leaves, recorder.uses, lambda name, xs: xs if xs[1:] else xs[0])
+    return Linearization(outputs, leaves, recorder.uses, lambda _, uses: joined(uses, False))

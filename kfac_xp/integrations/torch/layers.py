@@ -9,8 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
+from kfac_xp.integrations.uses import (
+    joined,
+    joined_dense,
+    joined_ids,
+    register_dense,
+    register_embedding,
+)
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.typing import Params
 
@@ -67,7 +74,7 @@ class Layer(abc.ABC):
 
     def joined(self, uses: list[torch.Tensor], has_uses: bool) -> Any:
         """The data of all uses as the layer's block takes it: see `FisherBlock.has_uses`."""
-        return uses if has_uses or len(uses) > 1 else uses[0]
+        return joined(uses, has_uses)
 
     @abc.abstractmethod
     def register(
@@ -96,25 +103,15 @@ class Dense(Layer):
         return g.reshape(*x.shape[:-1], g.shape[-1])
 
     def joined(self, uses: list[torch.Tensor], has_uses: bool) -> Any:
-        """Uses on sequences make one longer sequence; places are uses for a block that has uses."""
-        if uses[0].ndim == 2:
-            return super().joined(uses, has_uses)
-        whole = torch.cat(uses, dim=1)
-        return whole.movedim(1, 0) if has_uses else whole
+        """See `joined_dense`."""
+        return joined_dense(uses, has_uses)
 
     def register(
         self, layers: LayerCollection, params: Params, calls: Sequence[Call], approx: str | None
     ) -> None:
         """As a dense layer, with KFAC-expand over sequences, or as one with several uses."""
-        if calls[0].inputs.ndim > 2:
-            approx = "kron_expand" if approx is None else approx
-            layers.register_fully_connected(self.name, params, approx, kernel_layout="OI")
-        elif len(calls) > 1:
-            layers.register_fully_connected_multi(
-                self.name, params, len(calls), approx, kernel_layout="OI"
-            )
-        else:
-            layers.register_fully_connected(self.name, params, approx, kernel_layout="OI")
+        shapes = [tuple(call.inputs.shape) for call in calls]
+        register_dense(layers, self.name, params, "OI", shapes, approx)
 
 
 class Embedding(Layer):
@@ -146,29 +143,20 @@ class Embedding(Layer):
 
     def joined(self, uses: list[torch.Tensor], has_uses: bool) -> Any:
         """[U, N] and [U, N, d], without U for a block of one use."""
-        whole = torch.cat(uses)
-        return whole if has_uses or len(whole) > 1 else whole[0]
+        return joined_ids(uses, has_uses)
 
     def register(
         self, layers: LayerCollection, params: Params, calls: Sequence[Call], approx: str | None
     ) -> None:
         """With class ids as inputs, whose factor is diagonal and exact."""
-        ids = [call.inputs for call in calls]
-        if len(ids) == 1 and ids[0].ndim == 1:
-            approx = "kron_in_diag" if approx is None else approx
-            layers.register_fully_connected(self.name, params, approx, dense_inputs=False)
-        else:
-            approx = "kron_indep_in_diag" if approx is None else approx
-            uses = sum(i[0].numel() for i in ids)
-            layers.register_fully_connected_multi(
-                self.name, params, uses, approx, dense_inputs=False
-            )
+        num_uses = sum(call.inputs[0].numel() for call in calls)
+        register_embedding(layers, self.name, params, num_uses, approx)
 
 
 class Convolution(Layer):
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`."""
 
-    types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     method = "register_convolution"
 
     @staticmethod
@@ -192,7 +180,7 @@ class Convolution(Layer):
         """Images; padded unless with zeros."""
         if module.padding_mode == "zeros":
             return x
-        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        return functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
 
     def register(
         self, layers: LayerCollection, params: Params, calls: Sequence[Call], approx: str | None
@@ -252,9 +240,9 @@ class ScaleAndShift(Layer):
     """The end of normalisation layers: what they scale is normalised once more, without it."""
 
     _normalised: ClassVar[dict[type[nn.Module], Callable[[Any, torch.Tensor], torch.Tensor]]] = {
-        nn.LayerNorm: lambda m, x: F.layer_norm(x, m.normalized_shape, None, None, m.eps),
-        nn.RMSNorm: lambda m, x: F.rms_norm(x, m.normalized_shape, None, m.eps),
-        nn.GroupNorm: lambda m, x: F.group_norm(x, m.num_groups, None, None, m.eps),
+        nn.LayerNorm: lambda m, x: functional.layer_norm(x, m.normalized_shape, None, None, m.eps),
+        nn.RMSNorm: lambda m, x: functional.rms_norm(x, m.normalized_shape, None, m.eps),
+        nn.GroupNorm: lambda m, x: functional.group_norm(x, m.num_groups, None, None, m.eps),
         nn.BatchNorm1d: lambda m, x: _batch_normalised(m, x),
         nn.BatchNorm2d: lambda m, x: _batch_normalised(m, x),
         nn.BatchNorm3d: lambda m, x: _batch_normalised(m, x),
@@ -291,7 +279,7 @@ class ScaleAndShift(Layer):
 def _batch_normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
     of_batch = module.training or module.running_mean is None
     mean, var = (None, None) if of_batch else (module.running_mean, module.running_var)
-    return F.batch_norm(x, mean, var, None, None, of_batch, 0.0, module.eps)
+    return functional.batch_norm(x, mean, var, None, None, of_batch, 0.0, module.eps)
 
 
 KINDS: tuple[type[Layer], ...] = (

@@ -92,7 +92,9 @@ class Linearization:
         joined: Callable[[str, list[torch.Tensor]], Any],
     ) -> None:
         self.outputs = mapped(torch.Tensor.detach, outputs)
-        self.layer_inputs = {name: joined(name, [u.inputs for u in us]) for name, us in uses.items()}
+        self.layer_inputs = {
+            name: joined(name, [u.inputs for u in us]) for name, us in uses.items()
+        }
         self._in_graph = list(tensors_of(outputs))
         self._vectors, self._uses, self._joined = vectors, uses, joined
         self._leaves = [a for params in vectors.values() for a in as_arrays(params)]
@@ -170,9 +172,7 @@ class Linearization:
     def _grad(
         self, cotangents: list[torch.Tensor], inputs: list[Any], create_graph: bool = False
     ) -> list[torch.Tensor | None]:
-        pairs = [
-            (t, c) for t, c in zip(self._in_graph, cotangents, strict=True) if t.requires_grad
-        ]
+        pairs = [(t, c) for t, c in zip(self._in_graph, cotangents, strict=True) if t.requires_grad]
         if not pairs or not inputs:
             return [None] * len(inputs)
         return list(

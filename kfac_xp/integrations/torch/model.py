@@ -1,4 +1,4 @@
-"""A PyTorch module whose layers are registered: its parameters as vectors, and its linearisation."""
+"""A PyTorch module with registered layers: its parameters as vectors, and its linearisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from kfac_xp.integrations.torch.layers import Layer, first_argument
 from kfac_xp.integrations.torch.linearization import Linearization, Recorder, mapped
 from kfac_xp.layer_collection import RegistrationReport
-from kfac_xp.params import map_vectors
+from kfac_xp.params import as_arrays, map_vectors
 from kfac_xp.typing import Params, Vectors
 
 
@@ -94,13 +94,11 @@ class Model:
         """
         names = self.names
         if set(params) != set(names):
-            raise ValueError(
-                f"`params` must have the layers {list(names)}; got {list(params)}."
-            )
+            raise ValueError(f"`params` must have the layers {list(names)}; got {list(params)}.")
         return {
             name: tensor
             for layer, own in names.items()
-            for name, tensor in zip(own, as_tuple(params[layer], len(own)), strict=True)
+            for name, tensor in zip(own, as_arrays(params[layer]), strict=True)
         }
 
     def linearize(self, params: Vectors | None, inputs: Any) -> Linearization:
@@ -192,9 +190,3 @@ def map_own(
     named = dict(module.named_parameters())
     found = {layer: tuple(function(named[n]) for n in own) for layer, own in names.items()}
     return {layer: own if len(own) > 1 else own[0] for layer, own in found.items()}
-
-
-def as_tuple(params: Params, length: int) -> tuple[torch.Tensor, ...]:
-    """A layer's tensors; a tuple of the wrong length is refused by the caller's zip."""
-    return tuple(params) if length > 1 else (params,)
-

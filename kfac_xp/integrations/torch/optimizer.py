@@ -23,7 +23,9 @@ _LOSSES = {
 
 
 class KFAC:
-    """Trains a PyTorch module with K-FAC::
+    """Trains a PyTorch module with K-FAC.
+
+    In use::
 
         optimizer = KFAC(module, images[:8], "cross_entropy", learning_rate=0.1, damping=1e-2)
         for images, labels in batches:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfac_xp.integrations.coverage import register_others, require_layers_named, require_other
 from kfac_xp.integrations.torch.layers import Call, Layer, kind_of
 from kfac_xp.integrations.torch.linearization import (
     Linearization,
@@ -20,11 +21,9 @@ from kfac_xp.integrations.torch.linearization import (
     mapped,
     tensors_of,
 )
-from kfac_xp.integrations.torch.model import Model, arguments, chosen, map_own, recording
+from kfac_xp.integrations.torch.model import Model, arguments, chosen, map_own
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.params import as_arrays
-
-OTHER = ("raise", "generic_diagonal", "generic_full")
 
 
 def register(
@@ -71,8 +70,7 @@ def register(
     TypeError
         If a parameter has half precision.
     """
-    if other not in OTHER:
-        raise ValueError(f"`other` must be one of {OTHER}; got {other!r}.")
+    require_other(other)
     named = dict(module.named_parameters())
     _require_precision(named)
     left_out = {
@@ -82,26 +80,11 @@ def register(
     candidates = _candidates(module, reasons)
     calls = _watched(module, inputs, outputs, candidates, reasons)
     found = {layer: own for layer, own in candidates.items() if layer in calls}
-    unknown = set(approx or {}) - {layer.name for layer in found}
-    if unknown:
-        raise KeyError(
-            f"`approx` has names of no layers: {sorted(unknown)}; layers: "
-            f"{[layer.name for layer in found]}."
-        )
+    require_layers_named(approx or {}, [layer.name for layer in found])
     covered = {name for layer in found for name in layer.params}
-    others = [n for n in named if n not in covered and n not in left_out]
-    unasked = [name for name in others if name not in layers.fisher_blocks]
-    if unasked and other == "raise":
-        words = "\n".join(
-            f"  {name}: {reasons.get(name, 'it is not of a layer that is covered')}"
-            for name in unasked
-        )
-        raise ValueError(
-            f"there are parameters that belong to no layer that K-FAC covers:\n{words}\nPass "
-            "`other='generic_diagonal'` (or 'generic_full') to register them by their gradients, "
-            "register them by these names first, or leave them as they are by "
-            "`requires_grad_(False)`."
-        )
+    others = {n: p for n, p in named.items() if n not in covered and n not in left_out}
+    way_out = "leave them as they are by `requires_grad_(False)`"
+    register_others(layers, others, reasons, other, way_out)
     for layer in found:
         if layer.name not in layers.fisher_blocks:
             params = tuple(named[name] for name in layer.params)
@@ -111,8 +94,6 @@ def register(
                 calls[layer],
                 None if approx is None else approx.get(layer.name),
             )
-    for name in unasked:
-        layers.register_generic(name, named[name], other.removeprefix("generic_"))
     blocks = layers.fisher_blocks
     names = {layer.name: layer.params for layer in found} | {name: (name,) for name in others}
     report = layers.check_registration(
@@ -120,7 +101,7 @@ def register(
         left_out=left_out,
     )
     has_uses = frozenset(layer.name for layer in found if blocks[layer.name].has_uses)
-    return Model(module, found, others, has_uses, outputs, left_out, report)
+    return Model(module, found, tuple(others), has_uses, outputs, left_out, report)
 
 
 def _require_precision(named: Mapping[str, torch.Tensor]) -> None:
@@ -134,9 +115,7 @@ def _require_precision(named: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _candidates(
-    module: nn.Module, reasons: dict[str, str]
-) -> dict[Layer, tuple[nn.Module, ...]]:
+def _candidates(module: nn.Module, reasons: dict[str, str]) -> dict[Layer, tuple[nn.Module, ...]]:
     """The layers by their modules' kinds, and these modules; the others' reasons are noted."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, child in module.named_modules():
@@ -157,6 +136,8 @@ def _candidates(
             _note(reasons, names, f"the weight of its {type(child).__name__} is not trained")
             continue
         if any(id(p) in seen for p in own.values()):
+            rest = [n for n, p in zip(names, own.values(), strict=True) if id(p) not in seen]
+            _note(reasons, rest, f"its {type(child).__name__} shares another parameter")
             continue
         seen.update(map(id, own.values()))
         sharing = {frozenset((path, a) for path, _, a in owners[id(p)]) for p in own.values()}
