@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kfac_xp.integrations.jax.operations import scale_shape, site_of
 from kfac_xp.integrations.jax.program import Known, Program, Step
-from kfac_xp.integrations.jax.sites import ScaleSite, Site, scale_shape, site_of
+from kfac_xp.integrations.jax.sites import ScaleSite, Site
 
 
 @dataclass(frozen=True)

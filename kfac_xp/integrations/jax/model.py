@@ -43,7 +43,7 @@ def register(
         ``function(params, *inputs)`` returns the outputs: ``{loss name: array or tuple}``, or an
         array if there is one loss. As under `jax.jit`, arrays that it closes over are constants.
     params
-        Any pytree of floating arrays. What is not trained is passed among `inputs`.
+        Any pytree of float32 or float64 arrays. What is not trained is passed among `inputs`.
     *inputs
         Example inputs of a few cases, any pytrees, whose values are not read; cases first.
     approx
@@ -59,7 +59,7 @@ def register(
     KeyError
         If `approx` names no layer.
     TypeError
-        If a parameter is not floating.
+        If a parameter is not float32 or float64.
     """
     require_other(other)
     tree = _Tree.create(params)
@@ -142,8 +142,8 @@ class Model:
         ValueError
             If the layers found for these inputs are not the registered ones.
         """
-        flat, tree = jax.tree_util.tree_flatten(inputs)
-        key = tree, tuple((jnp.shape(a), str(jnp.result_type(a))) for a in flat)
+        flat, tree = jax.tree_util.tree_flatten(jax.eval_shape(lambda x: x, inputs))
+        key = tree, tuple((a.shape, str(a.dtype)) for a in flat)
         if key not in self._programs:
             traced = _Traced(self._function, self._tree, self.join(params), inputs)
             form = {layer.name: (layer.leaves, layer.shapes) for layer in traced.layers}
@@ -203,6 +203,7 @@ class _Tree:
     structure: Any
     paths: tuple[tuple[str, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
 
     @classmethod
     def create(cls, params: Any) -> _Tree:
@@ -210,13 +211,15 @@ class _Tree:
         paths = tuple(
             tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in pairs
         )
-        for path, (_, a) in zip(paths, pairs, strict=True):
-            if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
+        dtypes = tuple(jnp.result_type(a) for _, a in pairs)
+        for path, dtype in zip(paths, dtypes, strict=True):
+            if dtype not in (jnp.float32, jnp.float64):
                 raise TypeError(
-                    f"parameters must be floating arrays; {'/'.join(path)!r} is "
-                    f"{jnp.result_type(a)}. Pass what is not trained among `inputs`."
+                    f"parameters must be float32 or float64; {'/'.join(path)!r} is {dtype}. Cast "
+                    "them within the function for half precision; pass what is not trained among "
+                    "`inputs`."
                 )
-        return cls(structure, paths, tuple(jnp.shape(a) for _, a in pairs))
+        return cls(structure, paths, tuple(jnp.shape(a) for _, a in pairs), dtypes)
 
     def split(self, params: Any, form: Mapping[str, Any]) -> dict[str, Params]:
         leaves = self.structure.flatten_up_to(params)
@@ -284,6 +287,7 @@ class _Compiled:
         arguments = [*leaves, *jax.tree_util.tree_leaves(inputs)]
         read = {i: site.operand for i, site in self._sites.items()}
         results, found = self._traced.program.run(arguments, taps, read)
+        results = [a.astype(jnp.float32) if _is_half(a) else a for a in results]
         return self._traced.structure.unflatten(results), found
 
     def _forward(self, vectors: Vectors, inputs: Any) -> Any:
@@ -312,7 +316,17 @@ class _Compiled:
     def _joined(self, value: Callable[[int, Any], Array]) -> dict[str, Any]:
         found = {}
         for layer in self._traced.layers:
-            uses = [value(i, site) for i, site in layer.sites.items()]
             first = next(iter(layer.sites.values()))
+            dtype = self._tree.dtypes[layer.leaves[0]]
+            uses = [value(i, site) for i, site in layer.sites.items()]
+            uses = [a.astype(dtype) if _is_floating(a) else a for a in uses]
             found[layer.name] = first.joined(uses, layer.name in self._has_uses)
         return found
+
+
+def _is_floating(a: Array) -> bool:
+    return bool(jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def _is_half(a: Array) -> bool:
+    return _is_floating(a) and a.dtype.itemsize < 4

@@ -125,15 +125,18 @@ def _candidates(module: nn.Module, reasons: dict[str, str]) -> dict[Layer, tuple
     found: dict[Layer, tuple[nn.Module, ...]] = {}
     seen: set[int] = set()
     for path, child in module.named_modules():
-        own = {a: p for a, p in child._parameters.items() if p is not None and p.requires_grad}
-        names = tuple(f"{path}.{a}" if path else a for a in own)
+        trained = {a: p for a, p in child._parameters.items() if p is not None and p.requires_grad}
+        own = {a: trained[a] for a in ("weight", "bias") if a in trained}
+        prefix = f"{path}." if path else ""
+        names = tuple(prefix + a for a in own)
+        of_kind = f"{type(child).__name__} is not a layer that is covered"
+        _note(reasons, [prefix + a for a in trained if a not in own], of_kind)
         kind = kind_of(child)
         if kind is None:
-            why = f"{type(child).__name__} is not a layer that is covered"
-            _note(reasons, names, why)
+            _note(reasons, names, of_kind)
             continue
         if "weight" not in own:
-            _note(reasons, names, f"the weight of its {type(child).__name__} is not trained")
+            _note(reasons, names, f"its {type(child).__name__} has no `weight` that is trained")
             continue
         if any(id(p) in seen for p in own.values()):
             rest = [n for n, p in zip(names, own.values(), strict=True) if id(p) not in seen]
