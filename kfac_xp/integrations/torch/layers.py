@@ -35,6 +35,19 @@ class Call:
         """The module's first argument."""
         return first_argument(self.args, self.keywords)
 
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        """The call with a function of its tensors."""
+
+        def one(value: Any) -> Any:
+            return function(value) if isinstance(value, torch.Tensor) else value
+
+        keywords = {name: one(value) for name, value in self.keywords.items()}
+        return Call(self.module, tuple(map(one, self.args)), keywords)
+
+    def run(self) -> torch.Tensor:
+        """What the module makes of it, without the hooks that it may have."""
+        return self.module.forward(*self.args, **self.keywords)
+
 
 @dataclass(frozen=True)
 class Layer(abc.ABC):
@@ -303,3 +316,8 @@ def kind_of(module: nn.Module) -> type[Layer] | None:
 def first_argument(args: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
     """The input of a call of a module."""
     return args[0] if args else keywords["input"]
+
+
+def in_precision(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Data in the parameters' dtype, of which they may have another under autocast; not ids."""
+    return x.to(dtype) if x.is_floating_point() else x

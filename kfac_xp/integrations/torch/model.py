@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from kfac_xp.integrations.torch.layers import Layer, first_argument
+from kfac_xp.integrations.torch.layers import Layer, first_argument, in_precision
 from kfac_xp.integrations.torch.linearization import Linearization, Recorder, mapped
 from kfac_xp.layer_collection import RegistrationReport
 from kfac_xp.params import as_arrays, map_vectors
@@ -151,11 +151,11 @@ def recording(recorder: Recorder, modules: Mapping[nn.Module, Layer]) -> Iterato
 
     def hook(module: Any, args: Any, keywords: Any, outputs: torch.Tensor) -> torch.Tensor:
         layer, x = modules[module], first_argument(args, keywords).detach()
-        dtype = module.weight.dtype  # under autocast data may have another
-        inputs = layer.inputs(module, x.to(dtype) if x.is_floating_point() else x)
+        dtype = module.weight.dtype
+        inputs = layer.inputs(module, in_precision(x, dtype))
 
         def form(g: torch.Tensor) -> torch.Tensor:
-            return layer.grads(module, g.to(dtype), inputs)
+            return layer.grads(module, in_precision(g, dtype), inputs)
 
         return recorder.add(layer.name, inputs, outputs, form)
 

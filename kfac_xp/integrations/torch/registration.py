@@ -6,7 +6,7 @@ then checked by value: the gradient of the layer's parameters must be what these
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kfac_xp.integrations.coverage import register_others, require_layers_named, require_other
-from kfac_xp.integrations.torch.layers import Call, Layer, kind_of
+from kfac_xp.integrations.torch.layers import Call, Layer, in_precision, kind_of
 from kfac_xp.integrations.torch.linearization import (
     Linearization,
     Recorder,
@@ -213,8 +213,7 @@ def _watching(
     def hook(module: nn.Module, args: Any, keywords: Any, outputs: torch.Tensor) -> torch.Tensor:
         layer = of_module[module]
         if outputs.requires_grad:
-            kept = dict(zip(keywords, _without_graph(keywords.values()), strict=True))
-            calls[layer].append(Call(module, _without_graph(args), kept))
+            calls[layer].append(Call(module, args, keywords).mapped(torch.Tensor.detach))
         return recorder.add(layer.name, outputs, outputs)
 
     with ExitStack() as hooks:
@@ -222,10 +221,6 @@ def _watching(
             handle = module.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
-
-
-def _without_graph(values: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def _why_not(layer: Layer, calls: Sequence[Call], cases: int) -> str | None:
@@ -244,8 +239,8 @@ def _explained(
     total: list[Any] = [0] * len(weights)
     for call, g in zip(calls, ds, strict=True):
         with torch.enable_grad():
-            outputs = call.module.forward(*call.args, **call.keywords)
-        found = torch.autograd.grad(outputs, weights, g)
+            outputs = call.mapped(lambda x: in_precision(x, weights[0].dtype)).run()
+        found = torch.autograd.grad(outputs, weights, g.to(outputs.dtype))
         total = [a + b for a, b in zip(total, found, strict=True)]
     tolerance = torch.finfo(ds[0].dtype).eps ** 0.5
     return all(
