@@ -116,7 +116,8 @@ class Model:
         params: Any,
     ) -> None:
         self._function, self._tree = function, tree
-        self._form = {layer.name: (layer.leaves, layer.shapes) for layer in traced.layers} | {
+        self._of_layers = traced.form
+        self._form = traced.form | {
             name: ((leaf,), (tree.shapes[leaf],)) for name, leaf in others.items()
         }
         blocks = layers.fisher_blocks
@@ -146,14 +147,11 @@ class Model:
         key = tree, tuple((a.shape, str(a.dtype)) for a in flat)
         if key not in self._programs:
             traced = _Traced(self._function, self._tree, self.join(params), inputs)
-            form = {layer.name: (layer.leaves, layer.shapes) for layer in traced.layers}
-            own = {name: f for name, f in self._form.items() if name in form}
-            others = [f[0][0] for name, f in self._form.items() if name not in form]
-            if form != own or sorted(others) != sorted(traced.reasons):
+            if traced.form != self._of_layers:
                 why = {"/".join(self._tree.paths[i]): why for i, why in traced.reasons.items()}
                 raise ValueError(
                     "the function must have the registered layers for all inputs: registered are "
-                    f"{list(self._form)}; found were {list(form)}, and of no layer {why}."
+                    f"{list(self._of_layers)}; found were {list(traced.form)}, and of no layer {why}."
                 )
             self._programs[key] = _Compiled(traced, self._tree, self._form, self._has_uses)
         return Linearization(self._programs[key], params, inputs)
@@ -261,6 +259,11 @@ class _Traced:
             )
         cases = flat[0].shape[0]
         self.layers, self.reasons = find_layers(self.program, tree.paths, tree.shapes, cases)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """``{layer name: (numbers of its parameters, shapes in which they are registered)}``."""
+        return {layer.name: (layer.leaves, layer.shapes) for layer in self.layers}
 
     def input_shape(self, step: int, site: Any) -> tuple[int, ...]:
         """Shape of the inputs of one use as they are registered."""

@@ -34,6 +34,8 @@ def site_of(step: Step, position: int, indices: np.ndarray) -> Site | str:
 
 def axis_order(indices: np.ndarray) -> tuple[int, ...] | None:
     """The axes, slowest first, if the numbers are those of an array with its axes permuted."""
+    if np.array_equal(indices.reshape(-1), np.arange(indices.size)):
+        return tuple(range(indices.ndim))
     first = indices.reshape(-1)[:1]
     strides = [
         int(indices.take(1, axis=a).reshape(-1)[0] - first[0]) if n > 1 else 0
