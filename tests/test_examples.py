@@ -161,6 +161,23 @@ def test_digits_trains_alike_on_every_library(digits, library):
         assert own.losses[-1] < own.losses[0] / 1.5
 
 
+@pytest.mark.parametrize(
+    ("library", "script"),
+    [
+        ("torch", "torch_module"),
+        ("jax", "jax_function"),
+        ("autograd", "autograd_function"),
+    ],
+)
+def test_models_of_other_libraries(tmp_path, library, script):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    printed = run_example(tmp_path, script=f"{script}.py").stdout
+    losses = [float(x) for x in re.findall(r"mean loss ([\d.]+)", printed)]
+    assert losses[-1] < losses[0] / 4
+    assert float(re.search(r"accuracy on \d+ others: ([\d.]+)", printed)[1]) > 0.8
+
+
 def test_poisson(tmp_path):
     """K-FAC is after 60 steps below where gradient descent ends."""
     rows = run_example(tmp_path, script="poisson_regression.py").stdout.splitlines()[1:]

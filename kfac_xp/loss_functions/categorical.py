@@ -85,7 +85,7 @@ class CategoricalLogitsNegativeLogProbLoss(
         draws = uniform(generator, x.shape[:-1], x)[..., None]
         below = xp.cumulative_sum(self._probabilities, axis=-1) <= draws
         # Rounding may leave the last cumulative probability below a draw near 1.
-        indices = xp.sum(xp.astype(below, xp.int64), axis=-1)
+        indices = xp.sum(xp.astype(below, xp.int32), axis=-1)
         last = xp.full_like(indices, x.shape[-1] - 1)
         return xp.where(indices > last, last, indices)
 

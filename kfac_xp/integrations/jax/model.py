@@ -151,7 +151,8 @@ class Model:
                 why = {"/".join(self._tree.paths[i]): why for i, why in traced.reasons.items()}
                 raise ValueError(
                     "the function must have the registered layers for all inputs: registered are "
-                    f"{list(self._of_layers)}; found were {list(traced.form)}, and of no layer {why}."
+                    f"{list(self._of_layers)}; found were {list(traced.form)}, and of no layer "
+                    f"{why}."
                 )
             self._programs[key] = _Compiled(traced, self._tree, self._form, self._has_uses)
         return Linearization(self._programs[key], params, inputs)
