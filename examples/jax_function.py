@@ -1,4 +1,4 @@
-"""A function in JAX, as it is, trained with K-FAC that chooses its steps itself.
+"""A function in JAX, as it is, trained with K-FAC.
 
 Nothing in `network` knows of K-FAC: its layers are found in what it computes.
 """
@@ -13,19 +13,19 @@ from kfac_xp.integrations.jax import register
 
 
 def network(params, images):
-    """A convolution, a pooling, and two dense layers: [N, 8, 8, 1] to logits [N, 10]."""
+    """A convolution, ``tanh`` and a dense layer: [N, 8, 8, 1] to logits [N, 10]."""
+    conv, dense = params["conv"], params["logits"]
     numbers = ("NHWC", "HWIO", "NHWC")
-    kernel, bias = params["conv"]["kernel"], params["conv"]["bias"]
-    h = jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=numbers)
-    h = jnp.tanh(h + bias).reshape(images.shape[0], -1)
-    for name in ("hidden", "logits"):
-        h = (h if name == "hidden" else jnp.tanh(h)) @ params[name]["kernel"] + params[name]["bias"]
-    return h
+    h = jax.lax.conv_general_dilated(
+        images, conv["kernel"], (2, 2), "SAME", dimension_numbers=numbers
+    )
+    h = jnp.tanh(h + conv["bias"]).reshape(images.shape[0], -1)
+    return h @ dense["kernel"] + dense["bias"]
 
 
 def initial_params(rng):
     """Normal kernels of variance 1 over the number of inputs, and zeros."""
-    shapes = {"conv": (3, 3, 1, 8), "hidden": (128, 20), "logits": (20, 10)}
+    shapes = {"conv": (3, 3, 1, 8), "logits": (128, 10)}
     return {
         name: {
             "kernel": jnp.asarray(rng.normal(size=s) / np.prod(s[:-1]) ** 0.5, dtype=jnp.float32),
@@ -46,7 +46,7 @@ def main(steps=8, cases=500):
     model = register(layers, network, params, images[:4])
     layers.register_categorical_predictive_distribution("logits")
     print(model.report, "\n")
-    optimizer = kfac_xp.KfacOptimizer(layers, None, 0.1, momentum_type="qmodel", invert_every=2)
+    optimizer = kfac_xp.KfacOptimizer(layers, learning_rate=0.5, damping=0.1, invert_every=2)
     vectors = model.split(params)
     for step in range(steps):
         net = model.linearize(vectors, images[:cases])

@@ -4,6 +4,7 @@ import gc
 import io
 import re
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -555,6 +556,18 @@ def test_no_graph_is_kept(digits):
         assert all(ref() is None for ref in seen)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["module", "function"])
+def test_what_the_page_shows(name):
+    page = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
+    (code,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    if name == "module":
+        assert float(names["info"].loss) > 0
+    else:
+        assert set(names["net"].layer_inputs) == {"one", "two"}
 
 
 def test_losses_of_the_optimizer():
