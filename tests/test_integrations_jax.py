@@ -218,15 +218,21 @@ def test_what_is_no_layer_is_listed_with_the_reason(rng):
 def test_a_bias_is_one_only_if_its_entries_are_the_features():
     def function(p, x):
         h = (x @ p["w"]).T + p["across"]  # [d, N] + [N]: of the cases, not of the features
-        return h.T @ p["v"] + p["both"] + x @ p["u"] * p["both"]
+        h = h.T @ p["v"] + p["both"] + x @ p["u"] * p["both"]
+        s = h @ p["read"]
+        return (s + p["aside"]) + jnp.tanh(s) + (x @ p["added"] + p["added"])
 
-    params = {k: jnp.zeros((N, N)) for k in "wvu"} | {k: jnp.zeros(N) for k in ("across", "both")}
+    names = dict.fromkeys(("w", "v", "u", "read", "added"), (N, N))
+    params = {k: jnp.zeros(names.get(k, (N,))) for k in (*names, "across", "both", "aside")}
     layers = kfac_xp.LayerCollection()
-    with pytest.raises(ValueError, match=r"across: it is added to what is not a layer's alone"):
+    with pytest.raises(ValueError, match="belong to no layer") as error:
         kfac_jax.register(layers, function, params, jnp.zeros((N, N)))
+    for name in ("across", "aside"):
+        assert f"{name}: it is added to what is not a layer's alone" in str(error.value)
+    assert "added: `add` takes it, too" in str(error.value)
+    assert "both: `mul` takes it" in str(error.value) or "both: `add` takes it" in str(error.value)
     kfac_jax.register(layers, function, params, jnp.zeros((N, N)), other="generic_diagonal")
-    shapes = {name: len(layer.shapes) for name, layer in layers.registered_layers.items()}
-    assert shapes == {"w": 1, "v": 1, "u": 1, "across": 1, "both": 1}
+    assert {len(layer.shapes) for layer in layers.registered_layers.values()} == {1}
 
 
 def test_errors():
@@ -239,7 +245,9 @@ def test_errors():
         register(lambda p, x: x, {"a": [jnp.zeros(2, jnp.int32)]})
     with pytest.raises(ValueError, match="Return what the loss is a function of, not the loss"):
         register(lambda p, x: jnp.sum(x @ p), jnp.zeros((2, 2)))
-    with pytest.raises(KeyError, match=r"`approx` has names of no layers: \['w'\]"):
+    with pytest.raises(
+        KeyError, match=r"`approx` has names of no layers that are to be registered: \['w'\]"
+    ):
         register(lambda p, x: x @ p["v"], {"v": jnp.zeros((2, 2))}, approx={"w": "kron"})
 
     def function(p, x):

@@ -259,6 +259,19 @@ def test_kfac_over_sequences_by_loops(mixed):
     assert_close(embedding.input_factor.cov, counts.numpy(), 1e-7)
 
 
+def test_sequences_of_several_uses_are_one_longer_sequence():
+    one = nn.Linear(4, 4)
+    module, x = nn.Sequential(one, nn.Tanh(), one), data(5, 4)
+    _, model = registered(module, x)
+    net = model.linearize(None, x)
+    grads, ds = net.vjp(torch.ones_like(net.outputs))
+    inputs = net.layer_inputs["0"]
+    assert inputs.shape == (N, 10, 4)
+    assert_close(grads["0"][0], (ds["0"].flatten(0, 1).T @ inputs.flatten(0, 1)).numpy(), 1e-12)
+    own = own_grads(module, module(x).sum())["0.weight"]
+    assert_close(grads["0"][0], own.numpy(), 1e-12)
+
+
 def test_what_may_be_written_into_afterwards():
     """Outputs that are views of others, and are written into, have their gradients."""
 
@@ -375,7 +388,7 @@ def test_registering_by_hand_first():
     layers.register_generic("1.weight", module[1].weight, "full")
     model = kfac_torch.register(layers, module, x)
     assert model.linearize(None, x).layer_inputs["0"].shape == (4, N, 3)
-    with pytest.raises(KeyError, match=r"`approx` has names of no layers: \['3'\]"):
+    with pytest.raises(KeyError, match=r"`approx` has names of no layers .* registered: \['3'\]"):
         kfac_torch.register(layers, module, x, approx={"3": "kron"})
     with pytest.raises(ValueError, match="`other` must be one of"):
         kfac_torch.register(layers, module, x, other="skip")
@@ -415,6 +428,8 @@ def test_half_precision():
 def test_outputs_that_are_no_tensors():
     with pytest.raises(TypeError, match="Choose what the losses are functions of by `outputs`"):
         registered(Wrapped(), data(3))
+    with pytest.raises(ValueError, match="not the loss, or choose it by `outputs`"):
+        registered(Wrapped(), data(3), outputs=lambda found: found.logits.sum())
     _, model = registered(Wrapped(), data(3), outputs=lambda found: found.logits)
     assert model.linearize(None, {"x": data(3)}).outputs.shape == (N, 2)
 
@@ -451,6 +466,12 @@ def test_functions_of_parameters(mixed):
     value = (function(leaves, x, lambda name, x, s: s) * cotangent).sum()
     assert_close(torch.sum(net.outputs * cotangent), value.numpy(), 1e-6)
     assert not any(a.requires_grad for a in (*params["one"], params["two"]))
+    with pytest.raises(ValueError, match=r"`cotangents` must have the shapes of `outputs`, .*3, 2"):
+        net.vjp(cotangent[:, :1])
+    with pytest.raises(ValueError, match=r"`tangent` must have the layers \['one', 'two'\]"):
+        net.jvp({"one": params["one"]})
+    with pytest.raises(ValueError, match=r"tangent\['two'\]"):
+        net.jvp({"one": params["one"], "two": params["two"].T})
 
 
 @pytest.fixture(scope="module")

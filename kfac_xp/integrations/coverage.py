@@ -16,11 +16,17 @@ def require_other(other: str) -> None:
         raise ValueError(f"`other` must be one of {OTHER}; got {other!r}.")
 
 
-def require_layers_named(approx: Iterable[str], layers: Collection[str]) -> None:
-    """Raise KeyError if approximations are given for other names than those of layers."""
-    unknown = [name for name in approx if name not in layers]
+def require_layers_named(
+    approx: Iterable[str], found: Collection[str], layers: LayerCollection
+) -> None:
+    """Raise KeyError if approximations are given for other names than those to be registered."""
+    unknown = [name for name in approx if name not in found or name in layers.fisher_blocks]
     if unknown:
-        raise KeyError(f"`approx` has names of no layers: {unknown}; layers: {list(layers)}.")
+        raise KeyError(
+            f"`approx` has names of no layers that are to be registered: {unknown}; found were "
+            f"{list(found)}, of which {[n for n in found if n in layers.fisher_blocks]} are "
+            "registered already."
+        )
 
 
 def register_others(

@@ -130,7 +130,7 @@ def _why_no_kernel(program: Program, own: _Uses, cases: int) -> str | None:
     if not own.sites:
         return "it is added to what is not a layer's alone" if own.added else "it is not used"
     if own.added:
-        return "`add` takes it, too"
+        pass
     sites = list(own.sites.values())
     if any(site.config != sites[0].config for site in sites):
         return "it is used in several ways"

@@ -65,7 +65,7 @@ def register(
     tree = _Tree.create(params)
     traced = _Traced(function, tree, params, inputs)
     found = traced.layers
-    require_layers_named(approx or {}, [layer.name for layer in found])
+    require_layers_named(approx or {}, [layer.name for layer in found], layers)
     leaves = jax.tree_util.tree_leaves(params)
     others = {"/".join(tree.paths[leaf]): leaf for leaf in traced.reasons}
     register_others(

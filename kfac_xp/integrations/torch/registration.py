@@ -80,7 +80,7 @@ def register(
     candidates = _candidates(module, reasons)
     calls = _watched(module, inputs, outputs, candidates, reasons)
     found = {layer: own for layer, own in candidates.items() if layer in calls}
-    require_layers_named(approx or {}, [layer.name for layer in found])
+    require_layers_named(approx or {}, [layer.name for layer in found], layers)
     covered = {name for layer in found for name in layer.params}
     others = {n: p for n, p in named.items() if n not in covered and n not in left_out}
     way_out = "leave them as they are by `requires_grad_(False)`"
@@ -185,7 +185,7 @@ def _watched(
         with _watching(candidates, calls, recorder), torch.enable_grad():
             result = chosen(module(*args, **keywords), outputs)
         net = Linearization(result, weights, recorder.uses, lambda name, uses: uses)
-        cases = next(tensors_of(result)).shape[0]
+        cases = _num_cases(result)
         grads, preactivations = net.vjp(mapped(torch.randn_like, net.outputs))
         assert grads is not None
         for layer, own in calls.items():
@@ -221,6 +221,16 @@ def _watching(
             handle = module.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
+
+
+def _num_cases(outputs: Any) -> int:
+    shapes = [tuple(t.shape) for t in tensors_of(outputs)]
+    if not shapes or not all(shapes):
+        raise ValueError(
+            f"the model must return tensors with an axis of cases; their shapes are {shapes}. "
+            "Return what the loss is a function of, not the loss, or choose it by `outputs`."
+        )
+    return shapes[0][0]
 
 
 def _why_not(layer: Layer, calls: Sequence[Call], cases: int) -> str | None:
