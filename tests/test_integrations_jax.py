@@ -38,6 +38,10 @@ def everything(params, images, batch):
     h = jax.jit(lambda p, x: jnp.tanh(x @ p["kernel"] + p["bias"]))(params["dense"], h)
     h = jax.checkpoint(lambda w, x: jnp.einsum("oi,ni->on", w, x).T)(params["turned"], h)
     h = (h - jnp.mean(h, axis=1, keepdims=True)) * params["scale"] + params["shift"]
+    norm = jax.lax.rsqrt(jnp.var(h, axis=1, keepdims=True) + 1e-5) * params["norm"]["scale"]
+    h = (h - jnp.mean(h, axis=1, keepdims=True)) * norm + params["norm"]["bias"]
+    gate = jnp.max(h, axis=1, keepdims=True) * params["gate"]
+    h = h * gate + jnp.tanh(h) * gate
     tokens = jnp.take(params["table"], batch["ids"], axis=0)
     queries = jnp.einsum("ntd,dhk->nthk", tokens, params["heads"]["q"]) + params["heads"]["b"]
     h = h + jnp.sum(jnp.tanh(queries), axis=(1, 2))
@@ -53,6 +57,8 @@ SHAPES = {
     "turned": (4, 6),
     "scale": (4,),
     "shift": (4,),
+    "norm": {"scale": (4,), "bias": (4,)},
+    "gate": (4,),
     "table": (7, 5),
     "heads": {"q": (5, 2, 4), "b": (2, 4)},
     "again": ((4, 4), (4,)),
@@ -90,6 +96,8 @@ def test_every_layer_is_found(setting):
         "dense": (dense, ((16, 6), (6,)), 1),
         "turned": (dense, ((4, 6),), 1),
         "scale": ("ScaleAndShiftFullFB", ((4,), (4,)), 1),
+        "norm": ("ScaleAndShiftFullFB", ((4,), (4,)), 1),
+        "gate": ("ScaleAndShiftFullFB", ((4,),), 1),
         "table": ("FullyConnectedMultiIndepFB", ((7, 5),), 2),
         "heads": ("FullyConnectedKFACExpandFB", ((5, 8), (8,)), 1),
         "again": ("FullyConnectedMultiIndepFB", ((4, 4), (4,)), 2),

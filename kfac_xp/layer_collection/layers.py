@@ -248,7 +248,8 @@ class LayerRegistry(ConvolutionRegistry):
         raise NotImplementedError(
             "`auto_register_layers` has no meaning for plain arrays, which keep no graph to "
             "search. Register each layer by name with the `register_*` method of its kind, then "
-            "call `check_registration(params)`, which reports every parameter."
+            "call `check_registration(params)`, which reports every parameter. "
+            "`kfac_xp.integrations` finds the layers of models in PyTorch and JAX."
         )
 
 

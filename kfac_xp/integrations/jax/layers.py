@@ -6,12 +6,12 @@ they see is told by following the numbers of its entries in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kfac_xp.integrations.jax.operations import scale_shape, site_of
+from kfac_xp.integrations.jax.operations import scale_after, scale_shape, site_of
 from kfac_xp.integrations.jax.program import Known, Program, Step
 from kfac_xp.integrations.jax.sites import ScaleSite, Site
 
@@ -113,15 +113,37 @@ def _uses(program: Program, shapes: Sequence[tuple[int, ...]]) -> list[_Uses]:
             elif step.operation in _ADDITIONS:
                 own.added[i] = one.indices
             else:
-                site = site_of(step, position, one.indices)
+                number, site = _site(program, i, position, one.indices, moved)
                 if isinstance(site, str):
                     own.reasons.append(site)
                 else:
-                    own.sites[i] = site
+                    own.sites[number] = site
     for x in program.outputs:
         if not isinstance(x, Known) and x in moved:
             found[moved[x].leaf].reasons.append("it is among the outputs")
     return found
+
+
+def _site(
+    program: Program, i: int, position: int, indices: np.ndarray, moved: Mapping[int, _Moved]
+) -> tuple[int, Site | str]:
+    """How a step uses a parameter, or a scale after it; and at which step that is."""
+    step = program.steps[i]
+    if step.operation == "mul" and step.outputs[0] not in program.outputs:
+        takers = _takers(program, step.outputs[0])
+        if len(takers) == 1 and program.steps[takers[0]].operation == "mul":
+            after = program.steps[takers[0]]
+            product = after.inputs.index(step.outputs[0])
+            if after.inputs[1 - product] not in (step.outputs[0], *moved):
+                site = scale_after(i, position, indices, after, product)
+                if site is not None:
+                    return takers[0], site
+    return i, site_of(step, position, indices)
+
+
+def _takers(program: Program, value: int) -> list[int]:
+    """The steps that take a value."""
+    return [j for j, step in enumerate(program.steps) if value in step.inputs]
 
 
 def _why_no_kernel(program: Program, own: _Uses, cases: int) -> str | None:
@@ -130,7 +152,7 @@ def _why_no_kernel(program: Program, own: _Uses, cases: int) -> str | None:
     if not own.sites:
         return "it is added to what is not a layer's alone" if own.added else "it is not used"
     if own.added:
-        pass
+        return "`add` takes it, too"
     sites = list(own.sites.values())
     if any(site.config != sites[0].config for site in sites):
         return "it is used in several ways"
@@ -186,7 +208,7 @@ def _addition(program: Program, start: int, features: np.ndarray) -> tuple[int, 
     """The addition that alone takes what a step makes, reshaped or not, and the features then."""
     value = program.steps[start].outputs[0]
     while value not in program.outputs:
-        takers = [j for j, step in enumerate(program.steps) if value in step.inputs]
+        takers = _takers(program, value)
         if len(takers) != 1:
             return None
         step = program.steps[takers[0]]

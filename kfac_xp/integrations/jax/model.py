@@ -289,7 +289,7 @@ class _Compiled:
     def _run(self, vectors: Vectors, inputs: Any, taps: Mapping[int, Array]) -> Any:
         leaves = jax.tree_util.tree_leaves(self._tree.join(vectors, self._form))
         arguments = [*leaves, *jax.tree_util.tree_leaves(inputs)]
-        read = {i: site.operand for i, site in self._sites.items()}
+        read = {j: k for i, site in self._sites.items() for j, k in site.read(i).items()}
         results, found = self._traced.program.run(arguments, taps, read)
         results = [a.astype(jnp.float32) if _is_half(a) else a for a in results]
         return self._traced.structure.unflatten(results), found
@@ -300,7 +300,7 @@ class _Compiled:
         outputs, pullback, found = jax.vjp(
             lambda v, t: self._run(v, inputs, t), vectors, taps, has_aux=True
         )
-        return outputs, self._joined(lambda i, site: site.inputs(found[i])), pullback
+        return outputs, self._joined(lambda i, site: site.inputs_of(i, found)), pullback
 
     def _pull(self, pullback: Any, cotangents: Any) -> Any:
         grads, taps = pullback(cotangents)

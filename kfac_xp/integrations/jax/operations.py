@@ -123,6 +123,25 @@ def _scale(step: Step, position: int, indices: np.ndarray) -> Site | str:
     return ScaleSite(1 - position, shape, "", shape, step.shape[1:])
 
 
+def scale_after(
+    first: int, position: int, indices: np.ndarray, step: Step, product: int
+) -> ScaleSite | None:
+    """A scale that was multiplied by a factor before it meets the data.
+
+    Parameters
+    ----------
+    first, position, indices
+        The step that multiplies the scale by the factor, as for `site_of`.
+    step, product
+        The next multiplication, and which of the values that it takes is that product.
+    """
+    shape = scale_shape(indices, step.shape)
+    if shape is None or step.shapes[1 - product][:1] != step.shape[:1]:
+        return None
+    factor = first, 1 - position
+    return ScaleSite(1 - product, shape, "", shape, step.shape[1:], factor)
+
+
 def scale_shape(indices: np.ndarray, whole: tuple[int, ...]) -> tuple[int, ...] | None:
     """Shape of a parameter that is broadcast against the last axes of data of shape `whole`."""
     if len(whole) < 2 or indices.ndim != len(whole):

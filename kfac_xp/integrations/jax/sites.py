@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,6 +38,14 @@ class Site(abc.ABC):
     bias_shape: tuple[int, ...]
 
     joined: ClassVar[Any] = staticmethod(uses.joined)
+
+    def read(self, step: int) -> dict[int, int]:
+        """``{step: which of the values that it takes}`` that the inputs are made of."""
+        return {step: self.operand}
+
+    def inputs_of(self, step: int, found: Mapping[int, Array]) -> Array:
+        """The layer's inputs, of what was read."""
+        return self.inputs(found[step])
 
     @property
     def config(self) -> Site:
@@ -249,9 +257,29 @@ class EmbeddingSite(Site):
 
 @dataclass(frozen=True)
 class ScaleSite(Site):
-    """``mul`` of data and a scale that is the same for all cases."""
+    """``mul`` of data and a scale that is the same for all cases.
+
+    Parameters
+    ----------
+    case_shape
+        Shape of what is made, without the cases.
+    factor
+        The step, and which of the values that it takes, of something that the scale was multiplied
+        by before, as normalisation layers do with ``rsqrt`` of a variance; or None.
+    """
 
     case_shape: tuple[int, ...]
+    factor: tuple[int, int] | None = None
+
+    def read(self, step: int) -> dict[int, int]:
+        """The data, and the factor."""
+        before = {} if self.factor is None else {self.factor[0]: self.factor[1]}
+        return before | super().read(step)
+
+    def inputs_of(self, step: int, found: Mapping[int, Array]) -> Array:
+        """The data times the factor."""
+        x = found[step]
+        return self.inputs(x if self.factor is None else x * found[self.factor[0]])
 
     def inputs(self, x: Array) -> Array:
         """As often as the result has it."""
