@@ -40,7 +40,7 @@ def everything(params, images, batch):
     h = (h - jnp.mean(h, axis=1, keepdims=True)) * params["scale"] + params["shift"]
     norm = jax.lax.rsqrt(jnp.var(h, axis=1, keepdims=True) + 1e-5) * params["norm"]["scale"]
     h = (h - jnp.mean(h, axis=1, keepdims=True)) * norm + params["norm"]["bias"]
-    gate = jnp.max(h, axis=1, keepdims=True) * params["gate"]
+    gate = jnp.sum(h, axis=1, keepdims=True) * params["gate"]
     h = h * gate + jnp.tanh(h) * gate
     tokens = jnp.take(params["table"], batch["ids"], axis=0)
     queries = jnp.einsum("ntd,dhk->nthk", tokens, params["heads"]["q"]) + params["heads"]["b"]
