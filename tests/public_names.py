@@ -44,6 +44,8 @@ ABSTRACT = {
     "DenseSquareMatrixFactor",
     "DiagonalFB",
     "DiagonalFactor",
+    "LowRankFB",
+    "LowRankFactor",
     "DistributionNegativeLogProbLoss",
     "EigenvalueCorrectedFB",
     "FisherBlock",
@@ -172,6 +174,10 @@ FUNCTIONS = {
         p, kfac_xp.BlockDiagonal(dict(zip("ab", pair(p), strict=True)))
     ),
     "CurvatureMatrix": curvature,
+    "DiagonalPlusLowRank": lambda p: (
+        symmetric(p, kfac_xp.DiagonalPlusLowRank(p.positive(4), p.normal(4, 2), p.positive(1)[0])),
+        operator(p, kfac_xp.DiagonalPlusLowRank(p.positive(4), p.normal(4, 2)).root(-0.5)),
+    ),
     "Diagonalized": lambda p: symmetric(
         p, kfac_xp.Diagonalized(kfac_xp.FullMatrix(p.array(np.eye(3))), p.positive(3))
     ),
