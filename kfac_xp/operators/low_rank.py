@@ -170,8 +170,8 @@ class DiagonalPlusLowRank(LinearOperator):
         if self._whitened is None:
             xp = array_namespace(self.entries)
             floor = xp.max(self.diagonal()) * float(xp.finfo(self.dtype).eps)
-            roots = xp.where(self.entries == 0, floor, self.entries) ** 0.5
             with exact_products(self.entries), linalg.quiet_failures(self.entries):
+                roots = xp.where(self.entries == 0, floor, self.entries) ** 0.5
                 q, upper = xp.linalg.qr(self.columns / roots[:, None])
                 turn, sizes, _ = linalg.svd(upper)
                 self._whitened = Whitened(roots, xp.matmul(q, turn), self.scale * sizes * sizes)
