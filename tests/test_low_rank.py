@@ -1,4 +1,4 @@
-"""Low rank plus a diagonal, as an operator, as moments and as an average: against dense matrices."""
+"""Low rank plus a diagonal: operator, moments and average, against dense matrices in float64."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from tests.test_fisher_blocks import draw
 
 def drawn_operator(xp, rng, n=7, r=2, scale=1.5):
     entries, columns = rng.uniform(0.5, 1.5, size=n), rng.normal(size=(n, r))
-    dense = np.diag(entries) + scale * columns @ columns.T
+    dense = np.diag(entries) + float(scale) * columns @ columns.T
     return DiagonalPlusLowRank(xp.asarray(entries), xp.asarray(columns), scale), dense
 
 
@@ -33,8 +33,10 @@ class TestOperator:
         require_operations(matrix, dense, xp, rng)
 
     @pytest.mark.more
-    def test_the_inverse_is_of_the_same_form(self, xp, rng):
-        operator, dense = drawn_operator(xp, rng)
+    @pytest.mark.parametrize("is_array", [False, True], ids=["float", "array"])
+    def test_the_inverse_is_of_the_same_form(self, xp, rng, is_array):
+        scale = xp.asarray(1.5, dtype=xp.float64) if is_array else 1.5
+        operator, dense = drawn_operator(xp, rng, scale=scale)
         inverse, there = operator.power(-1.0), np.linalg.inv(dense)
         assert isinstance(inverse, DiagonalPlusLowRank)
         assert inverse.columns.shape == (7, 2)
