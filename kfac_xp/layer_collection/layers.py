@@ -140,16 +140,10 @@ class LayerRegistry(ConvolutionRegistry):
         reuse: bool,
     ) -> FisherBlock:
         self._check_name(name, params, reuse)
-        shapes, order = param_shapes(params), DenseSpec.create(kernel_layout).kernel
-        d_in, d_out = order.own_sizes(shapes[0]) if len(shapes[0]) == 2 else (None, None)
-        if d_in is None or shapes[1:] not in ((), ((d_out,),)):
-            form = "[d_in, d_out]" if order.is_own else f"[d_out, d_in] ({order.words})"
-            raise ValueError(
-                f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
-                f"over its outputs; got shapes {', '.join(map(str, shapes))}."
-            )
+        d_in, d_out = dense_sizes(name, params, kernel_layout)
+        shapes = param_shapes(params)
         arguments = arguments | {"has_bias": len(shapes) == 2}
-        if not order.is_own:
+        if not DenseSpec.create(kernel_layout).kernel.is_own:
             arguments["kernel_layout"] = kernel_layout
         if not dense_inputs:
             if len(shapes) == 2:
@@ -268,6 +262,25 @@ class LayerRegistry(ConvolutionRegistry):
             "call `check_registration(params)`, which reports every parameter. "
             "`kfac_xp.integrations` finds the layers of models in PyTorch and JAX."
         )
+
+
+def dense_sizes(name: str, params: Params, kernel_layout: str | None) -> tuple[int, int]:
+    """``(d_in, d_out)`` of a dense layer.
+
+    Raises
+    ------
+    ValueError
+        If the parameters are not those of one.
+    """
+    shapes, order = param_shapes(params), DenseSpec.create(kernel_layout).kernel
+    d_in, d_out = order.own_sizes(shapes[0]) if len(shapes[0]) == 2 else (None, None)
+    if d_in is None or d_out is None or shapes[1:] not in ((), ((d_out,),)):
+        form = "[d_in, d_out]" if order.is_own else f"[d_out, d_in] ({order.words})"
+        raise ValueError(
+            f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
+            f"over its outputs; got shapes {', '.join(map(str, shapes))}."
+        )
+    return d_in, d_out
 
 
 def _broadcast_dims(
