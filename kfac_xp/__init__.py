@@ -3,7 +3,12 @@
 from kfac_xp import _source_tree  # noqa: F401  (first: it makes kfac_xp.kernels importable)
 from kfac_xp.averages import AccumulatorVariable, MovingAverage, MovingAverageVariable
 from kfac_xp.backend import explain, use_backend
-from kfac_xp.block_tridiagonal import BlockTridiagonalChain
+from kfac_xp.block_tridiagonal import (
+    BlockTridiagonalChain,
+    Chain,
+    ChainFactor,
+    FullyConnectedChainFB,
+)
 from kfac_xp.calibration import calibrate
 from kfac_xp.configuration import config, show_config
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
@@ -320,6 +325,9 @@ __all__ = [
     "insert_slice_in_zeros",
     # whole models
     "BlockTridiagonalChain",
+    "Chain",
+    "ChainFactor",
+    "FullyConnectedChainFB",
     "CurvatureMatrixVectorProductComputer",
     "FisherEstimator",
     "KfacOptimizer",

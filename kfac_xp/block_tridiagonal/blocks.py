@@ -244,7 +244,7 @@ class Chain:
             raise next(iter(self.blocks.values()))._without(f"power {exp:g}")
         self.require_all(vectors)
         matrices = [block.as_matrix(vectors[name]) for name, block in self.blocks.items()]
-        links, couplings = self._chain()
+        links, couplings = self._links()
         with exact_products(matrices[0]):
             product = solve_chain if exp == -1 else multiply_chain
             results = product(links, couplings, matrices)
@@ -260,7 +260,7 @@ class Chain:
                 f"{list(self.blocks)}, or none; missing: {missing}."
             )
 
-    def _chain(self) -> tuple[list[Link], list[Coupling]]:
+    def _links(self) -> tuple[list[Link], list[Coupling]]:
         damping = next(iter(self.blocks.values()))._damping
         assert damping is not None
         return self.factor.get_chain(damping)

@@ -101,8 +101,8 @@ class BlockTridiagonalChain(ChainStatistics):
     -----
     Beside K-FAC's factors, a chain keeps the moments of neighbours, and for products four square
     matrices and two regressions per layer. An inverse update takes a Cholesky factor and the
-    eigenvectors of each factor. A chain stands beside a `FisherEstimator`, not in it: a collection
-    has one block for each layer.
+    eigenvectors of each factor. This class stands beside a `FisherEstimator` and is given arrays;
+    `LayerCollection.register_chain` trains with the same matrix.
 
     References
     ----------
