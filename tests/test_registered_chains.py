@@ -32,6 +32,7 @@ def statistics(xp, data):
     return {name: (x, list(gs)) for name, (x, gs) in in_library(xp, data).items()}
 
 
+@pytest.mark.more
 def test_the_inverse_couples_the_layers(xp, rng):
     """As the matrix of the paper's definition, in float64, by loops over cases."""
     data = draw_batch(rng)
@@ -120,6 +121,9 @@ class TestStatistics:
         ):
             with pytest.raises(ValueError, match=message):
                 estimator.update_cov(data | {"second": bad})
+        strict = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+        with pytest.raises(TypeError, match=r"`inputs\[0\]\[1\]` .*body\.chain"):
+            estimator.update_cov(data | {"second": (strict.asarray(x), gs)})
         block = estimator.blocks[0]
         with pytest.raises(RuntimeError, match=r"shared by first\.chain and second\.chain"):
             block.update_cov(inputs=x, outputs_grads=gs, ema_decay=0.9)
