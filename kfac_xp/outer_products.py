@@ -51,6 +51,18 @@ class OuterProducts:
         root = math.sqrt(number)
         return OuterProducts(self.columns / root, self.diagonal / number, self.limit)
 
+    def packed(self) -> Array:
+        """Columns, zeros in place of those that are not there, and the diagonal: [P, limit + 1]."""
+        xp, (n, count) = array_namespace(self.columns), self.columns.shape
+        place = {"dtype": self.columns.dtype, "device": device_of(self.columns)}
+        zeros = xp.zeros((n, self.limit - count), **place)
+        return xp.concat([self.columns, zeros, self.diagonal[:, None]], axis=1)
+
+    @classmethod
+    def unpacked(cls, array: Array) -> OuterProducts:
+        """Inverse of `packed`."""
+        return cls(array[:, :-1], array[:, -1], array.shape[1] - 1)
+
 
 def leading(columns: Array, count: int) -> Array:
     """W [P, count] with ``W @ W.T`` the leading part of ``columns @ columns.T``.

@@ -11,6 +11,7 @@ from tests import naive
 from tests.cases import assert_close, to_numpy
 from tests.low_rank_truth import RANK, leading, low_rank_of, second_moment, with_diagonal
 from tests.models import TanhNet
+from tests.test_distributed import results_of
 from tests.test_ekfac import conv_case_grads, dense_case_grads
 from tests.test_fisher_blocks import BlockContract, ConvBlockContract, draw
 
@@ -321,6 +322,36 @@ def test_an_estimator_and_its_state(rng, tmp_path):
         estimator.update_cov(statistics, ema_decay=0.9)
     for a, b in itertools.pairwise(estimator.factors for estimator in made):
         assert all(np.array_equal(f.cov, h.cov) for f, h in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_cases_of_several_ranks(rng, size):
+    """Of as few cases as columns are kept nothing is lost: the same as on one rank."""
+    cuts = [0, 5, 8, 12][: size + 1]
+    a, g = rng.normal(size=(cuts[-1], 4)), rng.normal(size=(cuts[-1], 5))
+    generic = rng.normal(size=(size, 3))
+
+    def updated(communicator=None):
+        layers = kfac_xp.LayerCollection()
+        layers.register_fully_connected("fc", np.zeros((4, 5)), approx="low_rank", rank=2)
+        layers.register_generic("scale", np.zeros(3), approx="low_rank", rank=1)
+        estimator = kfac_xp.FisherEstimator(layers, 0.2, communicator=communicator)
+        whole = communicator is None
+        rank = 0 if whole else communicator.rank
+        part = slice(0, cuts[-1]) if whole else slice(cuts[rank], cuts[rank + 1])
+        gradient = generic.sum(axis=0) if whole else generic[rank]
+        cases = part.stop - part.start
+        for _ in range(2):
+            estimator.update_cov({"fc": (a[part], g[part]), "scale": (cases, gradient)})
+        estimator.update_inverses()
+        vectors = {"fc": np.eye(4, 5), "scale": np.ones(3)}
+        return estimator.multiply_inverse(vectors), estimator.matrix().to_dense()
+
+    products, matrix = updated()
+    for found in results_of(size, updated):
+        assert_close(found[1], matrix, 1e-12)
+        for name, product in products.items():
+            assert_close(found[0][name], product, 1e-12)
 
 
 def test_training(rng):

@@ -19,6 +19,7 @@ from tests.test_block_tridiagonal import (
     moments,
     template,
 )
+from tests.test_distributed import results_of
 
 
 def made(xp, damping=DAMPING, sizes=SIZES, **options):
@@ -376,6 +377,45 @@ def test_training_saving_and_continuing(rng, tmp_path):
             results[i], _ = optimizer.step(results[i], TanhNet(results[i], x), targets)
     for a, b in zip(*(r.values() for r in results), strict=True):
         assert all(np.array_equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 1 / 2])
+def test_on_several_ranks(rng, workers):
+    """The whole chain is in one place; both powers come from there."""
+    data, head = draw_batch(rng), rng.normal(size=(2, 6, 2))
+    flat = kfac_xp.vectors_to_flat(template(np))
+    vectors = kfac_xp.flat_to_vectors(template(np), rng.normal(size=flat.shape))
+    vectors["head"] = rng.normal(size=(2, 2))
+
+    def products(communicator=None):
+        layers = kfac_xp.LayerCollection()
+        layers.register_chain("body", template(np))
+        layers.register_fully_connected("head", np.zeros((2, 2)))
+        fraction = 1.0 if communicator is None else workers
+        estimator = kfac_xp.FisherEstimator(
+            layers, DAMPING, communicator=communicator, grad_worker_fraction=fraction
+        )
+        cases = slice(None)
+        if communicator is not None:
+            cases = [slice(0, 2), slice(2, 6)][communicator.rank]
+        statistics = {n: (x[cases], [g[cases] for g in gs]) for n, (x, gs) in data.items()}
+        statistics["head"] = (head[0][cases], [head[1][cases]] * 2)
+        estimator.update_cov(statistics)
+        estimator.update_inverses()
+        kept = sum(bool(f.powers.stored()) for f in estimator.factors if f.name == "body.chain")
+        return estimator.multiply_inverse(vectors), estimator.multiply(vectors), kept
+
+    alone = products()
+    found = results_of(2, products)
+    assert sum(kept for _, _, kept in found) == 2 * workers
+    for both in found:
+        for here, there in zip(both[:2], alone[:2], strict=True):
+            assert list(here) == list(vectors)
+            pairs = zip(here.values(), there.values(), strict=True)
+            for a, b in pairs:
+                a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
+                for p, q in zip(a, b, strict=True):
+                    assert_close(p, q, 1e-12)
 
 
 def test_beside_other_layers(rng):

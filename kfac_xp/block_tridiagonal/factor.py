@@ -119,6 +119,11 @@ class ChainFactor(FisherFactor):
         """The running second moments of each layer, undamped and not centred."""
         return self._powers.moments_of(self._value())
 
+    @property
+    def num_rows(self) -> int:
+        """Of one matrix that costs as much to decompose as those of all layers and sides."""
+        return round(sum(n**3 for sides in self.moment.factor_sizes for n in sides) ** (1 / 3))
+
     def register_chain(self, damping: Damping) -> None:
         """Ask for what products need to be computed by every inverse update."""
         self._powers.register(_request(damping))

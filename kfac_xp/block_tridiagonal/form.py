@@ -12,7 +12,7 @@ from kfac_xp.operators import LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations import Dense, Request
 from kfac_xp.representations.attempts import Attempt, Prepared, without_residual
-from kfac_xp.typing import Array, Scalar
+from kfac_xp.typing import Array, Scalar, Triangles
 
 Shape = tuple[int, int]
 Sizes = Sequence[Shape]
@@ -83,6 +83,10 @@ class TridiagonalForm(Dense):
     def operator(self, value: Array) -> LinearOperator:
         """Raise NotImplementedError."""
         raise self._without("matrix of its own form")
+
+    def statistics_triangles(self, shape: tuple[int, ...]) -> Triangles | None:
+        """The moments are one vector."""
+        return None
 
     def register(self, request: Request) -> None:
         """Keep links and couplings from the next refresh on; a chain has nothing else."""

@@ -76,7 +76,7 @@ class BlockwiseProducts:
             now = {n: self._block(n).multiply(v) for n, v in vectors.items() if n not in chained}
             stored = {n: v for n, v in vectors.items() if n in chained}
         else:
-            now, stored = {}, vectors
+            now, stored = {}, dict(vectors)
         done: dict[str, dict[str, Params]] = {}
 
         def product(name: str, vector: Params) -> Params:
