@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.geometry import ConvGeometry
 from kfac_xp.linalg import append_homog, bincount, compute_cov
+from kfac_xp.low_rank_moments import low_rank_shape, outer_products
 from kfac_xp.ops import conv_squared_outer, extract_patches, squared_outer
 from kfac_xp.patch_covariance import patch_covariance
 from kfac_xp.typing import Array
@@ -149,27 +150,33 @@ class ScaleAndShiftMoment:
     broadcast_dims_scale: tuple[int, ...]
     broadcast_dims_shift: tuple[int, ...] | None
     is_diagonal: bool
+    rank: int | None = None
+    """If given, what is kept is of this rank: see `kfac_xp.low_rank_moments`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[n]`` if diagonal, else ``[n, n]``."""
-        sizes = [self.num_params(self.broadcast_dims_scale)]
+        """``[n]`` if diagonal, else ``[n, n]``, or ``[n, rank + 1]``."""
+        n = self.num_params(self.broadcast_dims_scale)
         if self.broadcast_dims_shift is not None:
-            sizes.append(self.num_params(self.broadcast_dims_shift))
-        return (sum(sizes),) if self.is_diagonal else (sum(sizes), sum(sizes))
+            n += self.num_params(self.broadcast_dims_shift)
+        if self.rank is not None:
+            return low_rank_shape(n, self.rank)
+        return (n,) if self.is_diagonal else (n, n)
 
     def num_params(self, broadcast_dims: tuple[int, ...]) -> int:
         """Entries of a parameter that is broadcast along these axes."""
         kept = (n for i, n in enumerate(self.case_shape, start=1) if i not in broadcast_dims)
         return math.prod(kept)
 
-    def __call__(self, inputs: Array, outputs_grad: Array) -> Array:
+    def __call__(self, inputs: Array, outputs_grad: Array) -> Any:
         """From inputs and gradients of the preactivations, both [N, *case_shape]."""
         xp = array_namespace(inputs, outputs_grad)
         parts = [_summed(inputs * outputs_grad, self.broadcast_dims_scale)]
         if self.broadcast_dims_shift is not None:
             parts.append(_summed(outputs_grad, self.broadcast_dims_shift))
         rows = xp.concat(parts, axis=1)
+        if self.rank is not None:
+            return outer_products(rows, self.rank, rows.shape[0])
         if self.is_diagonal:
             return xp.sum(rows * rows, axis=0) / rows.shape[0]
         return compute_cov(rows)

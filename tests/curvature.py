@@ -13,6 +13,9 @@ def covariance_of(factor):
     cov = to_numpy(factor.cov).astype(float)
     if isinstance(factor, kfac_xp.DiagonalFactor):
         return np.diag(cov.ravel())
+    if isinstance(factor, kfac_xp.LowRankFactor):
+        part = cov[:, :-1] @ cov[:, :-1].T
+        return part + np.diag(cov[:, -1] - np.diag(part))
     if not isinstance(factor, kfac_xp.ConvInputSUAKroneckerFactor):
         return cov
     taps, bias = factor.geometry.num_taps, factor.has_bias
@@ -183,6 +186,11 @@ def blocks(xp, rng):
         "diagonal": lambda **options: filled(
             kfac_xp.FullyConnectedDiagonalFB(None, True, **options), draw(8, 3), draw(8, 2)
         ),
+        "low_rank": dense_of(kfac_xp.FullyConnectedLowRankFB, rank=2),
+        "low_rank_oi": dense_of(kfac_xp.FullyConnectedLowRankFB, kernel_layout="OI", rank=3),
+        "conv_low_rank": image(
+            lambda **o: kfac_xp.ConvLowRankFB(None, kernel, (1, 1), "SAME", rank=3, **o)
+        ),
         "full": lambda **options: filled(
             kfac_xp.ScaleAndShiftFullFB(None, (1,), (), **options), draw(9, 2, 3), draw(9, 2, 3)
         ),
@@ -293,6 +301,9 @@ SPECTRAL = [
     "ekfac_reduce",
     "grouped_ekfac",
     "transposed_ekfac",
+    "low_rank",
+    "low_rank_oi",
+    "conv_low_rank",
 ]
 """Kinds of blocks whose matrices have eigenvalues."""
 
@@ -315,9 +326,17 @@ def power_of(dense, exp):
     return (v * w**exp) @ v.T
 
 
+def root_of_draws(matrix, exp, xp):
+    """The matrix that draws of a power are products with."""
+    n = matrix.shape[0]
+    draws = matrix.sample(exp, generator=Fixed(xp.eye(n, dtype=matrix.dtype)), num_samples=n)
+    return to_numpy(matrix.flatten(draws, batched=True)).T
+
+
 def require_operations(matrix, dense, xp, rng, rtol=1e-9):
     """Every operation of a positive definite matrix, on flat vectors."""
     n = len(dense)
+    stored = getattr(matrix.operator, "base", matrix.operator)  # of a permuted one
     w = np.linalg.eigvalsh(dense)
     assert matrix.shape == (n, n)
     assert matrix.T is matrix
@@ -343,6 +362,11 @@ def require_operations(matrix, dense, xp, rng, rtol=1e-9):
     there = 1.5 * dense + 0.7 * np.eye(n)
     assert_close(moved @ flat, there @ x, rtol, "a multiple plus the identity")
     assert_close(moved.inv().diagonal(), np.diagonal(np.linalg.inv(there)), rtol, "its inverse")
+    if isinstance(stored, kfac_xp.DiagonalPlusLowRank):  # draws by a root that is not symmetric
+        draws = {exp: root_of_draws(matrix, exp, xp) for exp in (0.5, -0.5)}
+        assert_close(draws[0.5] @ draws[0.5].T, dense, rtol, "sample of power 1/2")
+        assert_close(draws[-0.5] @ draws[-0.5].T, np.linalg.inv(dense), rtol, "of power -1/2")
+        return
     draws = matrix.sample(generator=Fixed(wide), num_samples=3)
     drawn = matrix.flatten(draws, batched=True)
     assert_close(drawn, x.T @ power_of(dense, -0.5), rtol, "sample")

@@ -7,7 +7,7 @@ flat parameters: what `multiply` and what `multiply_inverse` are to multiply by,
 import numpy as np
 
 from tests import naive
-from tests.layer_forms import N
+from tests.layer_forms import RANK, N
 
 DAMPING = 0.3
 
@@ -107,6 +107,22 @@ def diagonal_of_the_sum(g):
     return damped(np.diag((g.by_case.sum(axis=1) ** 2).sum(axis=0) / N))
 
 
+def low_rank(fisher):
+    """The leading eigenvectors, and on the diagonal what they leave of it."""
+    w, v = np.linalg.eigh(fisher)
+    part = (v[:, -RANK:] * w[-RANK:]) @ v[:, -RANK:].T
+    return damped(part + np.diag(np.diag(fisher - part)))
+
+
+def exact_low_rank(g):
+    return low_rank(np.einsum("snp,snq->pq", g.by_case, g.by_case) / N)
+
+
+def low_rank_of_the_sum(g):
+    summed = g.by_case.sum(axis=1)
+    return low_rank(summed.T @ summed / N)
+
+
 def tensor_normal(g, group=0, groups=1):
     cases = g.matrices(group, groups)
     trace = (cases**2).sum() / N
@@ -202,16 +218,17 @@ def series(option):
     return block
 
 
-_FULL = {"full": exact, "diagonal": exact_diagonal}
+_BY_CASE = {"diagonal": exact_diagonal, "low_rank": exact_low_rank}
 _CORRECTED = {"ekfac": eigenvalue_corrected, "tnt": tensor_normal}
 _CORRECTED_GROUPS = {name: by_group(make) for name, make in _CORRECTED.items()}
 _GROUPED = {
+    **_BY_CASE,
     "kron": by_group(kron_of_group),
-    "diagonal": exact_diagonal,
     "kron_expand": by_group(kron_of_group),
     **_CORRECTED_GROUPS,
 }
 _CONVOLUTION = {
+    **_BY_CASE,
     "kron": kron(),
     "kron_expand": kron(),
     "kron_reduce": kron_reduce,
@@ -230,22 +247,26 @@ def _sides(prefix):
 
 
 BLOCKS = {
-    "generic": {"diagonal": diagonal_of_the_sum, "full": square_of_the_sum},
+    "generic": {
+        "diagonal": diagonal_of_the_sum,
+        "full": square_of_the_sum,
+        "low_rank": low_rank_of_the_sum,
+    },
     "fully_connected": {
         **_sides("kron"),
-        "diagonal": exact_diagonal,
+        **_BY_CASE,
         "kron_expand": kron(),
         "kron_reduce": kron_reduce,
         "ekfac_expand": eigenvalue_corrected,
         "ekfac_reduce": eigenvalue_corrected_reduce,
         **_CORRECTED,
     },
-    "conv2d": {**_CONVOLUTION, "diagonal": exact_diagonal, "kron_sua": kron_sua},
+    "conv2d": {**_CONVOLUTION, "kron_sua": kron_sua},
     "grouped_conv2d": _GROUPED,
-    "conv_transpose": {**_CONVOLUTION, "diagonal": exact_diagonal},
+    "conv_transpose": _CONVOLUTION,
     "grouped_conv_transpose": _GROUPED,
     "depthwise_conv2d": {
-        "diagonal": exact_diagonal,
+        **_BY_CASE,
         "kron": restricted,
         "kron_exact": by_group(kron_of_group),
         "diagonal_exact": exact_diagonal,
@@ -258,6 +279,6 @@ BLOCKS = {
         **_CORRECTED,
     },
     "conv2d_multi": {"kron_indep": kron(), **_CORRECTED},
-    "scale_and_shift": _FULL,
+    "scale_and_shift": {**_BY_CASE, "full": exact},
 }
 """``{kind of layer: {approximation: function of Gradients}}``."""

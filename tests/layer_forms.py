@@ -17,6 +17,7 @@ from kfac_xp.layer_collection import APPROXIMATIONS
 from tests import naive
 
 N, USES, CLASSES = 8, 3, 3
+RANK = 5  # of approximations of low rank: less than the number of parameters of any form
 # So many cases, and outputs that are cut off, that the mean patches of no layer leave out two
 # directions, in which eigenvectors would not be determined.
 CUT = ((1, 0), (0, 0))
@@ -90,7 +91,9 @@ class Form:
     refused: dict[str, str] | None = None
 
     def register(self, layers, params, approx):
-        return getattr(layers, self.method)("layer", params, approx=approx, **self.keywords or {})
+        rank = {"rank": RANK} if approx == "low_rank" else {}
+        keywords = (self.keywords or {}) | rank
+        return getattr(layers, self.method)("layer", params, approx=approx, **keywords)
 
     @property
     def num_params(self):

@@ -65,6 +65,9 @@ FACTORS = {
         exps=(-1.0,),
         cholesky=False,
     ),
+    "ConvLowRankFactor": factor(
+        "ConvLowRankFactor", conv_sides((3, 3, 2, 3), (1, 1), "SAME", None, True)
+    ),
     "ConvOutputKroneckerFactor": factor(
         "ConvOutputKroneckerFactor", lambda p: (p.normal(4, 4, 4, 3),)
     ),
@@ -77,14 +80,23 @@ FACTORS = {
     "FullyConnectedKroneckerFactor": factor(
         "FullyConnectedKroneckerFactor", lambda p: (p.normal(4, 3), True)
     ),
+    "FullyConnectedLowRankFactor": factor(
+        "FullyConnectedLowRankFactor", both_sides((4, 3), (4, 2))
+    ),
     "FullyConnectedMultiKF": factor("FullyConnectedMultiKF", lambda p: (p.normal(2, 4, 3), 2)),
     "NaiveDiagonalFactor": factor("NaiveDiagonalFactor", lambda p: (p.normal(3, 2), 4)),
     "NaiveFullFactor": factor("NaiveFullFactor", lambda p: ((p.normal(3, 2), p.normal(2)), 4)),
+    "NaiveLowRankFactor": factor(
+        "NaiveLowRankFactor", lambda p: ((p.normal(3, 2), p.normal(2)), 4)
+    ),
     "ScaleAndShiftDiagonalFactor": factor(
         "ScaleAndShiftDiagonalFactor", lambda p: (*both_sides((4, 2, 3))(p), (1,), ())
     ),
     "ScaleAndShiftFullFactor": factor(
         "ScaleAndShiftFullFactor", lambda p: (*both_sides((4, 2, 3))(p), (1,), ())
+    ),
+    "ScaleAndShiftLowRankFactor": factor(
+        "ScaleAndShiftLowRankFactor", lambda p: (*both_sides((4, 2, 3))(p), (1,), ())
     ),
 }
 
@@ -205,6 +217,11 @@ BLOCKS = {
         convolved_twice,
         FILTER,
     ),
+    "ConvLowRankFB": block(
+        lambda p: kfac_xp.ConvLowRankFB(None, FILTER(p), (1, 1), "SAME", rank=2),
+        convolved(),
+        FILTER,
+    ),
     "ConvTNTFB": block(lambda p: kfac_xp.ConvTNTFB(None, FILTER(p), "SAME"), convolved(), FILTER),
     "DepthwiseConvDiagonalFB": block(
         lambda p: kfac_xp.DepthwiseConvDiagonalFB(None, DEPTHWISE(p), (1, 1), "SAME"),
@@ -243,6 +260,9 @@ BLOCKS = {
     "FullyConnectedKFACReduceFB": block(
         lambda p: kfac_xp.FullyConnectedKFACReduceFB(None, True), sequences, kernel_and_bias
     ),
+    "FullyConnectedLowRankFB": block(
+        lambda p: kfac_xp.FullyConnectedLowRankFB(None, True, rank=2), dense, kernel_and_bias
+    ),
     "FullyConnectedMultiIndepFB": block(
         lambda p: kfac_xp.FullyConnectedMultiIndepFB(None, num_uses=2), used_twice, kernel(3, 2)
     ),
@@ -267,6 +287,9 @@ BLOCKS = {
     "NaiveFullFB": block(
         lambda p: kfac_xp.NaiveFullFB(None, kernel_and_bias(p)), None, kernel_and_bias
     ),
+    "NaiveLowRankFB": block(
+        lambda p: kfac_xp.NaiveLowRankFB(None, kernel_and_bias(p)), None, kernel_and_bias
+    ),
     "ScaleAndShiftDiagonalFB": block(
         lambda p: kfac_xp.ScaleAndShiftDiagonalFB(None, (1,), ()),
         both_sides((4, 2, 3)),
@@ -274,6 +297,11 @@ BLOCKS = {
     ),
     "ScaleAndShiftFullFB": block(
         lambda p: kfac_xp.ScaleAndShiftFullFB(None, (1,), ()),
+        both_sides((4, 2, 3)),
+        scale_and_shift,
+    ),
+    "ScaleAndShiftLowRankFB": block(
+        lambda p: kfac_xp.ScaleAndShiftLowRankFB(None, (1,), (), rank=3),
         both_sides((4, 2, 3)),
         scale_and_shift,
     ),

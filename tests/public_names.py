@@ -44,6 +44,8 @@ ABSTRACT = {
     "DenseSquareMatrixFactor",
     "DiagonalFB",
     "DiagonalFactor",
+    "LowRankFB",
+    "LowRankFactor",
     "DistributionNegativeLogProbLoss",
     "EigenvalueCorrectedFB",
     "FisherBlock",
@@ -172,6 +174,10 @@ FUNCTIONS = {
         p, kfac_xp.BlockDiagonal(dict(zip("ab", pair(p), strict=True)))
     ),
     "CurvatureMatrix": curvature,
+    "DiagonalPlusLowRank": lambda p: (
+        symmetric(p, kfac_xp.DiagonalPlusLowRank(p.positive(4), p.normal(4, 2), p.positive(1)[0])),
+        operator(p, kfac_xp.DiagonalPlusLowRank(p.positive(4), p.normal(4, 2)).root(-0.5)),
+    ),
     "Diagonalized": lambda p: symmetric(
         p, kfac_xp.Diagonalized(kfac_xp.FullMatrix(p.array(np.eye(3))), p.positive(3))
     ),
@@ -377,8 +383,29 @@ def chain(p):
     return made, products, made.moments, made.state_dict()
 
 
+def registered_chain(p):
+    """Its block, its factor and itself, in the hands of an estimator."""
+    params = tanh_params(p)
+    net, _ = tanh_batch(p, params)
+    layers = kfac_xp.LayerCollection()
+    made = layers.register_chain("net", params)
+    estimator = kfac_xp.FisherEstimator(layers, p.positive(1)[0])
+    estimator.make_vars_and_create_op_thunks()
+    for decay in (0.9, p.positive(1)[0]):
+        grads = {"one": p.normal(5, net.a1.shape[1]), "two": p.normal(5, net.outputs.shape[1])}
+        statistics = {n: (net.layer_inputs[n], grads[n]) for n in grads}
+        estimator.update_cov(statistics, ema_decay=decay)
+    estimator.update_inverses()
+    products = [estimator.multiply(params), estimator.multiply_inverse(params)]
+    blocks = [block.full_fisher_block() for block in estimator.blocks]
+    return made, estimator.factors, products, blocks, made.factor.moments, estimator.state_dict()
+
+
 MODELS = {
     "BlockTridiagonalChain": chain,
+    "Chain": registered_chain,
+    "ChainFactor": registered_chain,
+    "FullyConnectedChainFB": registered_chain,
     "CurvatureMatrixVectorProductComputer": products,
     "FisherEstimator": estimator(kfac_xp.FisherEstimator),
     "KfacOptimizer": optimizer(kfac_xp.KfacOptimizer, learning_rate=0.1),

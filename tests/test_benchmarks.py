@@ -444,6 +444,26 @@ def test_the_modules_have_the_layers_that_are_registered():
     assert transformer.module()(torch.zeros(2, 3, 8)).shape == (2, 3, 8)
 
 
+def test_errors_of_low_rank(monkeypatch):
+    """The diagonal has no error on the diagonal, nor the highest rank any; more rank is nearer."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    low_rank = importlib.import_module("benchmarks.low_rank")
+    params = low_rank.initial_params(np.random.default_rng(0))
+    data = np.random.default_rng(1)
+    images = data.normal(size=(30, 8, 8, 1)).astype(np.float32)
+    labels = data.integers(0, 10, size=30)
+    monkeypatch.setattr(low_rank, "RANKS", (1, 10, 60))
+    num_params, results = low_rank.compare("first", params, images, labels, 3, 20, 0)
+    assert num_params == 120
+    errors = [results[f"low_rank, {rank}"].matrix for rank in (1, 10, 60)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-6
+    assert results["low_rank, 60"].directions[0] < 1e-5
+    assert [results[f"low_rank, {r}"].kept for r in (1, 10)] == [120 * 2 * 4, 120 * 11 * 4]
+    lines = list(low_rank.table(num_params, results))
+    assert len({line.count("|") for line in lines}) == 1
+
+
 def test_warm_starts_in_training():
     """One epoch of one pair: the two runs start alike, and every fall-back is counted."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")

@@ -36,13 +36,17 @@ class Scenario:
 
 
 def scenarios():
-    """Every value of each setting with every value of each other, and a fifth approximation."""
+    """Every value of each setting with every value of each other, and further approximations."""
     twice = [0, 2, 3, 1]  # in the field of four elements: two orthogonal Latin squares
     return [
         Scenario(mode, momentum, WAYS[(i % 4) ^ j], APPROXIMATIONS[twice[i % 4] ^ j])
         for i, mode in enumerate(MODES)
         for j, momentum in enumerate(MOMENTA)
-    ] + [Scenario("empirical", "adam", "hybrid", "tnt")]
+    ] + [
+        Scenario("empirical", "adam", "hybrid", "tnt"),
+        Scenario("gradients", "regular", "mem", "low_rank"),
+        Scenario("exact", "qmodel", "comm", "chain"),
+    ]
 
 
 def scenarios_of(size):
@@ -65,6 +69,8 @@ def layers_of(scenario, params):
     if scenario.approx == "generic":
         layers.register_generic("one", params["one"], approx="full")
         layers.register_fully_connected("two", params["two"])
+    elif scenario.approx == "chain":
+        layers.register_chain("net", params)
     else:
         layers.register_fully_connected("one", params["one"], approx=scenario.approx)
         layers.register_fully_connected("two", params["two"], approx=scenario.approx)

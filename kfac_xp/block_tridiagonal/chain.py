@@ -10,7 +10,13 @@ from typing import Any
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
 from kfac_xp.batches import require_same_place
-from kfac_xp.block_tridiagonal.links import Coupling, Link, decompose
+from kfac_xp.block_tridiagonal.links import (
+    Coupling,
+    Link,
+    decompose,
+    multiply_chain,
+    solve_chain,
+)
 from kfac_xp.block_tridiagonal.statistics import ChainStatistics
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import (
@@ -95,8 +101,8 @@ class BlockTridiagonalChain(ChainStatistics):
     -----
     Beside K-FAC's factors, a chain keeps the moments of neighbours, and for products four square
     matrices and two regressions per layer. An inverse update takes a Cholesky factor and the
-    eigenvectors of each factor. A chain stands beside a `FisherEstimator`, not in it: a collection
-    has one block for each layer.
+    eigenvectors of each factor. This class stands beside a `FisherEstimator` and is given arrays;
+    `LayerCollection.register_chain` trains with the same matrix.
 
     References
     ----------
@@ -177,13 +183,7 @@ class BlockTridiagonalChain(ChainStatistics):
         """
         (links, couplings), v = self._require_powers(), self._matrices(vectors)
         with exact_products(self._like):
-            # Xi, Lambda, Xi^T.
-            for i, coupling in enumerate(couplings):
-                v[i] = v[i] - coupling.matmul(v[i + 1])
-            v = [link.solve(x) for link, x in zip(links, v, strict=True)]
-            for i, coupling in reversed(list(enumerate(couplings))):
-                v[i + 1] = v[i + 1] - coupling.transpose_matmul(v[i])
-        return self._vectors(vectors, v)
+            return self._vectors(vectors, solve_chain(links, couplings, v))
 
     def multiply(self, vectors: Vectors) -> dict[str, Params]:
         """The damped Fisher, whose inverse is `multiply_inverse`, times ``{layer name: params}``.
@@ -197,13 +197,7 @@ class BlockTridiagonalChain(ChainStatistics):
         """
         (links, couplings), v = self._require_powers(), self._matrices(vectors)
         with exact_products(self._like):
-            # Xi^-T from the first layer on, Lambda^-1, Xi^-1 from the last layer back.
-            for i, coupling in enumerate(couplings):
-                v[i + 1] = v[i + 1] + coupling.transpose_matmul(v[i])
-            v = [link.matmul(x) for link, x in zip(links, v, strict=True)]
-            for i, coupling in reversed(list(enumerate(couplings))):
-                v[i] = v[i] + coupling.matmul(v[i + 1])
-        return self._vectors(vectors, v)
+            return self._vectors(vectors, multiply_chain(links, couplings, v))
 
     @property
     def info(self) -> dict[str, Any]:

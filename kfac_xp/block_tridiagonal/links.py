@@ -83,6 +83,35 @@ class Coupling(NamedTuple):
         return _between(self.psi_in.T, v, self.psi_out)
 
 
+def solve_chain(
+    links: Sequence[Link], couplings: Sequence[Coupling], v: Sequence[Array]
+) -> list[Array]:
+    """``Xi^T Lambda Xi``, the inverse, times the matrices of all layers."""
+    v = list(v)
+    for i, coupling in enumerate(couplings):
+        v[i] = v[i] - coupling.matmul(v[i + 1])
+    v = [link.solve(x) for link, x in zip(links, v, strict=True)]
+    for i, coupling in reversed(list(enumerate(couplings))):
+        v[i + 1] = v[i + 1] - coupling.transpose_matmul(v[i])
+    return v
+
+
+def multiply_chain(
+    links: Sequence[Link], couplings: Sequence[Coupling], v: Sequence[Array]
+) -> list[Array]:
+    """``Xi^-1 Lambda^-1 Xi^-T`` times the matrices of all layers.
+
+    ``Xi^-T`` goes from the first layer on, ``Xi^-1`` from the last layer back.
+    """
+    v = list(v)
+    for i, coupling in enumerate(couplings):
+        v[i + 1] = v[i + 1] + coupling.transpose_matmul(v[i])
+    v = [link.matmul(x) for link, x in zip(links, v, strict=True)]
+    for i, coupling in reversed(list(enumerate(couplings))):
+        v[i] = v[i] + coupling.matmul(v[i + 1])
+    return v
+
+
 def _between(left: Array, v: Array, right: Array) -> Array:
     return (left @ v) @ right
 

@@ -127,7 +127,19 @@ def gather_arrays(
     own: Sequence[Array],
     like: Array,
 ) -> list[list[Array]]:
-    """The arrays of all ranks, on all of them, in one message for each dtype.
+    """As `start_gather_arrays`, waiting at once."""
+    return start_gather_arrays(communicator, forms, own, like)()
+
+
+def start_gather_arrays(
+    communicator: Communicator,
+    forms: Sequence[Sequence[Form]],
+    own: Sequence[Array],
+    like: Array,
+) -> Callable[[], list[list[Array]]]:
+    """Begin to send the arrays of all ranks to all of them, in one message for each dtype.
+
+    The result waits for them: a list for each rank.
 
     Parameters
     ----------
@@ -141,7 +153,6 @@ def gather_arrays(
         An array whose library and device results have.
     """
     xp, waits = array_namespace(like), []
-    found: list[list[Array]] = [[None] * len(row) for row in forms]
     for dtype in sorted({form.sent_dtype for row in forms for form in row}):
         chosen = [[i for i, form in enumerate(row) if form.sent_dtype == dtype] for row in forms]
         mine, its_forms = chosen[communicator.rank], forms[communicator.rank]
@@ -153,9 +164,14 @@ def gather_arrays(
             sum(row[i].size for i in picked) for row, picked in zip(forms, chosen, strict=True)
         ]
         waits.append((chosen, communicator.start_gather(buffer, counts)))
-    for chosen, wait in waits:
-        places = [(rank, i) for rank, picked in enumerate(chosen) for i in picked]
-        arrays = from_buffer(wait(), [forms[rank][i] for rank, i in places])
-        for (rank, i), array in zip(places, arrays, strict=True):
-            found[rank][i] = array
-    return found
+
+    def gathered() -> list[list[Array]]:
+        found: list[list[Array]] = [[None] * len(row) for row in forms]
+        for chosen, wait in waits:
+            places = [(rank, i) for rank, picked in enumerate(chosen) for i in picked]
+            arrays = from_buffer(wait(), [forms[rank][i] for rank, i in places])
+            for (rank, i), array in zip(places, arrays, strict=True):
+                found[rank][i] = array
+        return found
+
+    return gathered

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.backend import as_scalar_like
-from kfac_xp.distributed.buffers import Form, in_buckets
+from kfac_xp.distributed.buffers import Form, in_buckets, start_gather_arrays
 from kfac_xp.distributed.communicator import Communicator, SingleProcess
 from kfac_xp.typing import Array
 
@@ -163,6 +163,16 @@ class Team:
             return self.communicator.start_sum(buffer)
 
         return self._awaited(in_buckets(arrays, forms, start))
+
+    def start_gathers(self, arrays: Sequence[Array]) -> Callable[[], list[list[Array]]]:
+        """Begin to send arrays, of the same shapes on all ranks, to all: a list for each rank.
+
+        To be called after an agreement; the result waits for them.
+        """
+        if self.is_alone or not arrays:
+            return lambda: [list(arrays)]
+        forms = [[Form.of(a) for a in arrays]] * self.size
+        return self._awaited(start_gather_arrays(self.communicator, forms, list(arrays), arrays[0]))
 
     def sums(self, arrays: Sequence[Array], weight: float = 1.0) -> list[Array]:
         """As `start_sums`, waiting at once."""

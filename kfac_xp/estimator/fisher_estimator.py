@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -330,6 +331,8 @@ class FisherEstimator(BlockwiseProducts):
             for name, block in self._blocks.items():
                 # A factor that several blocks share is averaged once.
                 of_inputs |= block.input_moments(inputs[name], of_inputs)
+            for chain in self.layers.chains.values():
+                of_inputs |= chain.input_moments(inputs)
         shares = said.shares() if shares is None else shares
         ready = start_mean(team, of_inputs, shares)
         inputs = cases_over_ranks(team, self._blocks, inputs, shares)
@@ -349,12 +352,15 @@ class FisherEstimator(BlockwiseProducts):
                 new: dict[FisherFactor, Array] = {}
                 for name, block in self._blocks.items():
                     new |= block.source_moments(inputs[name], data_of(block, name, source), s, new)
+                for chain in self.layers.chains.values():
+                    new |= chain.source_moments(inputs, partial(data_of, source=source), s)
                 add_moments(moments, new)
             if num_sources == 0:
                 raise ValueError("there must be at least one source of gradients; got none.")
-        moments = ready() | start_mean(team, moments, shares)()
+        means = ready()
+        add_moments(means, start_mean(team, moments, shares)())
         decay = self.cov_ema_decay if ema_decay is None else ema_decay
-        average_in(moments, ema_decay=decay, ema_weight=ema_weight)
+        average_in(means, ema_decay=decay, ema_weight=ema_weight)
         for name, block in self._blocks.items():
             block.note_batch(inputs[name])
         self.num_cov_updates += 1

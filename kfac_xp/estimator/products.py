@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kfac_xp.block_tridiagonal import Chain
 from kfac_xp.estimator.shared_work import SharedWork
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.fisher_factors import FisherFactor
@@ -54,24 +55,40 @@ class BlockwiseProducts:
         return self.multiply_matpower(-1, vectors)
 
     def multiply_matpower(self, exp: float, vectors: Vectors) -> dict[str, Params]:
-        """Multiply by a power of the damped Fisher, block by block.
+        """Multiply by a power of the damped Fisher, block by block; of chains all layers at once.
 
         The result has the layers of `vectors` in their order. With several ranks, `vectors` must
         be the same on all of them, and so is the result: what was computed by inverse updates is
-        multiplied by on the ranks that keep it.
+        multiplied by on the ranks that keep it. Of a chain (`register_chain`) power 1 is the
+        inverse of power -1, as last computed, and not of now.
 
         Raises
         ------
         KeyError
             If a layer is not registered.
+        ValueError
+            If there are vectors for some layers of a chain and not for others.
         RuntimeError
             If `exp` is neither 1 nor one of the registered powers, or not computed yet.
         """
-        if exp == 1:  # of now, of which every rank has all
-            return {name: self._block(name).multiply(v) for name, v in vectors.items()}
-        return self._work.multiply(
-            vectors, lambda name, v: self._block(name).multiply_matpower(v, exp)
-        )
+        chained = self._chained(vectors)
+        if exp == 1:  # of now, of which every rank has all; but for chains
+            now = {n: self._block(n).multiply(v) for n, v in vectors.items() if n not in chained}
+            stored = {n: v for n, v in vectors.items() if n in chained}
+        else:
+            now, stored = {}, dict(vectors)
+        done: dict[str, dict[str, Params]] = {}
+
+        def product(name: str, vector: Params) -> Params:
+            if name not in chained:
+                return self._block(name).multiply_matpower(vector, exp)
+            chain = chained[name]
+            if chain.name not in done:
+                done[chain.name] = chain.multiply_matpower(vectors, exp)
+            return done[chain.name][name]
+
+        products = now | (self._work.multiply(stored, product) if stored else {})
+        return {name: products[name] for name in vectors}
 
     def multiply_cholesky(self, vectors: Vectors, transpose: bool = False) -> dict[str, Params]:
         """Multiply by L, or its transpose, where ``L @ L.T`` is the damped Fisher.
@@ -163,6 +180,15 @@ class BlockwiseProducts:
                 f"this was not asked for. Pass `{option}=True` to the estimator's constructor and "
                 "call `update_inverses()` first."
             )
+
+    def _chained(self, vectors: Vectors) -> dict[str, Chain]:
+        """The layers that are in chains, with these: of each chain all layers, or none."""
+        found: dict[str, Chain] = {}
+        for chain in self.layers.chains.values():
+            if not chain.blocks.keys().isdisjoint(vectors):
+                chain.require_all(vectors)
+                found |= dict.fromkeys(chain.blocks, chain)
+        return found
 
     def _block(self, name: str) -> FisherBlock:
         if name not in self._blocks:

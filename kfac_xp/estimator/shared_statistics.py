@@ -11,6 +11,7 @@ from kfac_xp.estimator.modes import Source
 from kfac_xp.estimator.sources import params_grads_of
 from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.fisher_factors import FisherFactor
+from kfac_xp.outer_products import OuterProducts
 from kfac_xp.params import as_arrays, map_params, map_vectors
 from kfac_xp.typing import Array
 
@@ -20,13 +21,25 @@ def start_mean(
 ) -> Callable[[], dict[FisherFactor, Array]]:
     """Begin to average moments over the cases of all ranks; the result waits for the means.
 
-    Of what is symmetric the lower triangles travel, in few messages.
+    Of what is symmetric the lower triangles travel, in few messages. Of `OuterProducts` the columns
+    of all ranks come to every rank, which adds them up in the order of ranks.
     """
     if team.is_alone:
         return lambda: dict(moments)
-    forms = [Form.of(moment, factor.triangles) for factor, moment in moments.items()]
-    wait = team.start_sums(list(moments.values()), forms, shares.weight)
-    return lambda: dict(zip(moments, wait(), strict=True))
+    columns = {f: m for f, m in moments.items() if isinstance(m, OuterProducts)}
+    added = {f: m for f, m in moments.items() if f not in columns}
+    forms = [Form.of(moment, factor.triangles) for factor, moment in added.items()]
+    wait = team.start_sums(list(added.values()), forms, shares.weight)
+    gathered = team.start_gathers([(m / (1 / shares.weight)).packed() for m in columns.values()])
+
+    def ready() -> dict[FisherFactor, Array]:
+        found = dict(zip(added, wait(), strict=True))
+        for factor, parts in zip(columns, zip(*gathered(), strict=True), strict=True):
+            first, *others = map(OuterProducts.unpacked, parts)
+            found[factor] = sum(others, start=first)
+        return {factor: found[factor] for factor in moments}
+
+    return ready
 
 
 def cases_over_ranks(

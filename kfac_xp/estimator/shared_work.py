@@ -83,7 +83,7 @@ class SharedWork:
         if self._placement is None or divided != self._key:
             self._units = _units(self._blocks)
             sizes = {
-                unit: {f.name: f.moment.shape[-1] for f in factors if f in divided}
+                unit: {f.name: f.num_rows for f in factors if f in divided}
                 for unit, factors in _factors_of(self._units, self._blocks).items()
             }
             placement = place(sizes, self._team.size, self._fraction, self._strategy)

@@ -6,14 +6,15 @@ from kfac_xp.fisher_blocks.base import (
     average_in,
     blocks_factors,
 )
-from kfac_xp.fisher_blocks.convolution import ConvDiagonalFB, ConvKFCBasicFB
+from kfac_xp.fisher_blocks.case_gradients import ConvDiagonalFB, ConvLowRankFB
+from kfac_xp.fisher_blocks.convolution import ConvKFCBasicFB
 from kfac_xp.fisher_blocks.depthwise import (
     DepthwiseConvDiagonalFB,
     DepthwiseConvKFCBasicFB,
     conv2d_filter_to_depthwise_conv2d_filter,
     depthwise_conv2d_filter_to_conv2d_filter,
 )
-from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.diagonal import DiagonalFB, LowRankFB
 from kfac_xp.fisher_blocks.eigenvalue_corrected import (
     ConvEKFACFB,
     ConvEKFACReduceFB,
@@ -29,15 +30,20 @@ from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_blocks.fully_connected import (
     FullyConnectedDiagonalFB,
     FullyConnectedKFACBasicFB,
+    FullyConnectedLowRankFB,
 )
-from kfac_xp.fisher_blocks.generic import NaiveDiagonalFB, NaiveFullFB
+from kfac_xp.fisher_blocks.generic import NaiveDiagonalFB, NaiveFullFB, NaiveLowRankFB
 from kfac_xp.fisher_blocks.grouped import ConvGroupedKFCFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_blocks.multi_use import (
     ConvKFCBasicMultiIndepFB,
     FullyConnectedMultiIndepFB,
 )
-from kfac_xp.fisher_blocks.scale_and_shift import ScaleAndShiftDiagonalFB, ScaleAndShiftFullFB
+from kfac_xp.fisher_blocks.scale_and_shift import (
+    ScaleAndShiftDiagonalFB,
+    ScaleAndShiftFullFB,
+    ScaleAndShiftLowRankFB,
+)
 from kfac_xp.fisher_blocks.series import FullyConnectedSeriesFB, SeriesFBApproximation
 from kfac_xp.fisher_blocks.tensor_normal import (
     ConvGroupedTNTFB,
@@ -66,6 +72,7 @@ __all__ = [
     "ConvKFCBasicMultiIndepFB",
     "ConvMultiEKFACFB",
     "ConvMultiTNTFB",
+    "ConvLowRankFB",
     "ConvTNTFB",
     "DepthwiseConvDiagonalFB",
     "DepthwiseConvKFCBasicFB",
@@ -81,6 +88,7 @@ __all__ = [
     "FullyConnectedKFACExpandFB",
     "FullyConnectedKFACReduceFB",
     "FullyConnectedMultiEKFACFB",
+    "FullyConnectedLowRankFB",
     "FullyConnectedMultiIndepFB",
     "FullyConnectedMultiTNTFB",
     "FullyConnectedSeriesFB",
@@ -88,10 +96,13 @@ __all__ = [
     "InputOutputMultiTower",
     "InputOutputMultiTowerMultiUse",
     "KroneckerProductFB",
+    "LowRankFB",
     "NaiveDiagonalFB",
     "NaiveFullFB",
+    "NaiveLowRankFB",
     "ScaleAndShiftDiagonalFB",
     "ScaleAndShiftFullFB",
+    "ScaleAndShiftLowRankFB",
     "SeriesFBApproximation",
     "TensorNormalFB",
     "add_moments",

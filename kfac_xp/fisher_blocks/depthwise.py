@@ -13,9 +13,10 @@ import numpy as np
 
 from kfac_xp.backend import array_namespace, as_scalar_like, device_of
 from kfac_xp.fisher_blocks.base import FactorMaker
-from kfac_xp.fisher_blocks.convolution import ConvDiagonalFB, ConvKFCBasicFB, Convolution
+from kfac_xp.fisher_blocks.case_gradients import ConvDiagonalFB
+from kfac_xp.fisher_blocks.convolution import ConvKFCBasicFB, Convolution
 from kfac_xp.geometry import Padding
-from kfac_xp.operators import FullMatrix, LinearOperator
+from kfac_xp.operators import Diag, FullMatrix, LinearOperator
 from kfac_xp.params import param_shapes
 from kfac_xp.typing import Array, Params, Scalar, Split
 
@@ -146,12 +147,11 @@ class DepthwiseConvDiagonalFB(_Depthwise, ConvDiagonalFB):
             **options,
         )
 
-    def _entries(self) -> Array:
-        entries = super()._entries()
+    def _undamped(self) -> Diag:
+        entries = super()._undamped().diagonal()
         kernel = array_namespace(entries).reshape(entries, self.filter_shape)
-        return array_namespace(entries).reshape(
-            conv2d_filter_to_depthwise_conv2d_filter(kernel), (-1,)
-        )
+        restricted = conv2d_filter_to_depthwise_conv2d_filter(kernel)
+        return Diag(array_namespace(entries).reshape(restricted, (-1,)))
 
 
 class DepthwiseConvKFCBasicFB(_Depthwise, ConvKFCBasicFB):

@@ -7,7 +7,7 @@ from typing import Any
 from kfac_xp.backend import statistics_dtype
 from kfac_xp.batches import array_like, example_of
 from kfac_xp.fisher_blocks.base import FactorMaker
-from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.diagonal import DiagonalFB, LowRankFB
 from kfac_xp.fisher_blocks.kronecker import KroneckerProductFB
 from kfac_xp.fisher_blocks.towers import LayerFactorFB
 from kfac_xp.fisher_factors import (
@@ -15,6 +15,8 @@ from kfac_xp.fisher_factors import (
     FisherFactor,
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
+    FullyConnectedLowRankFactor,
+    require_rank,
 )
 from kfac_xp.layer_specs import DenseSpec
 from kfac_xp.typing import Array
@@ -144,7 +146,41 @@ def require_diagonal_input(one_hot_depth: int | None, is_diagonal: bool) -> None
         )
 
 
-class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
+class _FullyConnectedCaseGradientsFB(LayerFactorFB):
+    """What the blocks share that are made of each case's own gradient."""
+
+    def __init__(
+        self,
+        layer_collection: FactorMaker | None,
+        has_bias: bool = False,
+        *,
+        kernel_layout: str | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(layer_collection, name=name, **options)
+        self.spec: DenseSpec = DenseSpec.create(kernel_layout)
+        self.has_bias = bool(has_bias)
+
+    @property
+    def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
+        self._require_factors()
+        moment: Any = self.factor.moment
+        return self.spec.shapes(moment.d_in, moment.d_out, self.has_bias)
+
+    def _hint(self, array: Array) -> str:
+        return hint_at_sequences(array)
+
+    def _input_pattern(self) -> tuple[int | str, ...]:
+        moment: Any = self.factor.moment
+        return ("N", moment.d_in)
+
+    def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
+        moment: Any = self.factor.moment
+        return (inputs.shape[0], moment.d_out)
+
+
+class FullyConnectedDiagonalFB(_FullyConnectedCaseGradientsFB, DiagonalFB):
     """FisherBlock for dense layers with a diagonal approximation.
 
     Estimates the diagonal of the Fisher as ``E[(a ds^T) ** 2]``, elementwise, over cases.
@@ -163,34 +199,46 @@ class FullyConnectedDiagonalFB(LayerFactorFB, DiagonalFB):
 
     factor: FullyConnectedDiagonalFactor
 
+    def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
+        cls = FullyConnectedDiagonalFactor
+        self.factor = self._factor(self._role, cls, inputs, grads, self.has_bias)
+
+
+class FullyConnectedLowRankFB(_FullyConnectedCaseGradientsFB, LowRankFB):
+    """FisherBlock for dense layers with leading eigenvectors and a diagonal.
+
+    The Fisher's block is the mean over cases of ``g g^T`` with ``g = a ds^T``, raveled. Kept are
+    its `rank` leading eigenvectors and its diagonal: see `LowRankFactor`.
+
+    Parameters
+    ----------
+    layer_collection, has_bias, kernel_layout
+        As for `FullyConnectedDiagonalFB`.
+    rank
+        How many eigenvectors are kept.
+    name, **options
+        As for `FisherBlock`.
+
+    Raises
+    ------
+    ValueError
+        If the rank is no positive int.
+    """
+
+    factor: FullyConnectedLowRankFactor
+
     def __init__(
         self,
         layer_collection: FactorMaker | None,
         has_bias: bool = False,
         *,
-        kernel_layout: str | None = None,
-        name: str | None = None,
-        **options: Any,
+        rank: int = 10,
+        **keywords: Any,
     ) -> None:
-        super().__init__(layer_collection, name=name, **options)
-        self.spec: DenseSpec = DenseSpec.create(kernel_layout)
-        self.has_bias = bool(has_bias)
+        super().__init__(layer_collection, has_bias, **keywords)
+        self.rank = require_rank(rank)
 
     def _make_factors(self, inputs: list[Any], grads: list[list[Any]]) -> None:
-        cls = FullyConnectedDiagonalFactor
-        self.factor = self._factor("diagonal", cls, inputs, grads, self.has_bias)
-
-    @property
-    def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
-        self._require_factors()
-        moment = self.factor.moment
-        return self.spec.shapes(moment.d_in, moment.d_out, self.has_bias)
-
-    def _hint(self, array: Array) -> str:
-        return hint_at_sequences(array)
-
-    def _input_pattern(self) -> tuple[int | str, ...]:
-        return ("N", self.factor.moment.d_in)
-
-    def _output_pattern(self, inputs: Array) -> tuple[int | str, ...]:
-        return (inputs.shape[0], self.factor.moment.d_out)
+        cls = FullyConnectedLowRankFactor
+        data = (inputs, grads, self.has_bias)
+        self.factor = self._factor(self._role, cls, *data, rank=self.rank)

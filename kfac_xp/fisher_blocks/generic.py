@@ -7,9 +7,15 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from kfac_xp.fisher_blocks.base import FactorMaker, FisherBlock, average_in
-from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.diagonal import DiagonalFB, LowRankFB
 from kfac_xp.fisher_blocks.full import FullFB
-from kfac_xp.fisher_factors import FisherFactor, NaiveDiagonalFactor, NaiveFullFactor
+from kfac_xp.fisher_factors import (
+    FisherFactor,
+    NaiveDiagonalFactor,
+    NaiveFullFactor,
+    NaiveLowRankFactor,
+    require_rank,
+)
 from kfac_xp.operators import LayerSpace
 from kfac_xp.params import param_shapes
 from kfac_xp.representations import require_damping
@@ -203,3 +209,44 @@ class NaiveDiagonalFB(_NaiveFB, DiagonalFB):
 
     def _make_factor(self, grads: Any, batch_size: int | None) -> None:
         self.factor = self._factor("diagonal", NaiveDiagonalFactor, grads, batch_size)
+
+
+class NaiveLowRankFB(_NaiveFB, LowRankFB):
+    """FisherBlock of low rank and a diagonal for any parameters, "square of the sum".
+
+    As `NaiveFullFB`, of whose average the `rank` leading eigenvectors and the diagonal are kept:
+    see `LowRankFactor`. A batch adds one column for each source.
+
+    Parameters
+    ----------
+    layer_collection
+        The collection that the block belongs to, or None.
+    params
+        An array or a tuple of arrays. Shapes, dtype, library and device are read.
+    rank
+        How many eigenvectors are kept.
+    name, **options
+        As for `FisherBlock`.
+
+    Raises
+    ------
+    ValueError
+        If the rank is no positive int.
+    """
+
+    factor: NaiveLowRankFactor
+
+    def __init__(
+        self,
+        layer_collection: FactorMaker | None,
+        params: Params,
+        *,
+        rank: int = 10,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(layer_collection, params, **keywords)
+        self.rank = require_rank(rank)
+
+    def _make_factor(self, grads: Any, batch_size: int | None) -> None:
+        cls = NaiveLowRankFactor
+        self.factor = self._factor(self._role, cls, grads, batch_size, rank=self.rank)

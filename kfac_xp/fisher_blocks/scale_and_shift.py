@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from kfac_xp.fisher_blocks.base import FactorMaker
-from kfac_xp.fisher_blocks.diagonal import DiagonalFB
+from kfac_xp.fisher_blocks.diagonal import DiagonalFB, LowRankFB
 from kfac_xp.fisher_blocks.full import FullFB
 from kfac_xp.fisher_blocks.towers import LayerFactorFB
 from kfac_xp.fisher_factors import (
     ScaleAndShiftDiagonalFactor,
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
+    ScaleAndShiftLowRankFactor,
+    require_rank,
 )
 from kfac_xp.operators import LayerSpace
 from kfac_xp.params import as_arrays
@@ -25,7 +27,7 @@ class _ScaleAndShiftFB(LayerFactorFB):
 
     factor: Any
     _factor_class: type[ScaleAndShiftFactor]
-    _role: str
+    _role: ClassVar[str]
 
     def __init__(
         self,
@@ -56,7 +58,12 @@ class _ScaleAndShiftFB(LayerFactorFB):
             self.broadcast_dims_scale,
             self.broadcast_dims_shift,
             self.has_shift,
+            **self._extra(),
         )
+
+    def _extra(self) -> dict[str, Any]:
+        """Arguments of the factor by name."""
+        return {}
 
     @property
     def _param_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -117,3 +124,22 @@ class ScaleAndShiftDiagonalFB(_ScaleAndShiftFB, DiagonalFB):
     factor: ScaleAndShiftDiagonalFactor
     _factor_class = ScaleAndShiftDiagonalFactor
     _role = "diagonal"
+
+
+class ScaleAndShiftLowRankFB(_ScaleAndShiftFB, LowRankFB):
+    """FisherBlock for a scale and a shift with leading eigenvectors and the diagonal.
+
+    Arguments are those of `ScaleAndShiftFullFB`, and ``rank``, how many eigenvectors are kept: see
+    `LowRankFactor`.
+    """
+
+    factor: ScaleAndShiftLowRankFactor
+    _factor_class = ScaleAndShiftLowRankFactor
+    _role = "low_rank"
+
+    def __init__(self, *args: Any, rank: int = 10, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.rank = require_rank(rank)
+
+    def _extra(self) -> dict[str, Any]:
+        return {"rank": self.rank}

@@ -16,14 +16,22 @@ from kfac_xp.fisher_factors.forms import (
     DenseSquareMatrixFactor,
     DiagonalFactor,
     InverseProvidingFactor,
+    LowRankFactor,
+    require_rank,
 )
 from kfac_xp.fisher_factors.fully_connected import (
     DiagonalKroneckerFactor,
     FullyConnectedDiagonalFactor,
     FullyConnectedKroneckerFactor,
 )
-from kfac_xp.fisher_factors.generic import NaiveDiagonalFactor, NaiveFullFactor, params_sources
+from kfac_xp.fisher_factors.generic import (
+    NaiveDiagonalFactor,
+    NaiveFullFactor,
+    NaiveLowRankFactor,
+    params_sources,
+)
 from kfac_xp.fisher_factors.groups import moments_of_groups
+from kfac_xp.fisher_factors.low_rank import ConvLowRankFactor, FullyConnectedLowRankFactor
 from kfac_xp.fisher_factors.multi_use import (
     ConvInputMultiKF,
     ConvOutputMultiKF,
@@ -42,6 +50,7 @@ from kfac_xp.fisher_factors.scale_and_shift import (
     ScaleAndShiftDiagonalFactor,
     ScaleAndShiftFactor,
     ScaleAndShiftFullFactor,
+    ScaleAndShiftLowRankFactor,
 )
 from kfac_xp.fisher_factors.spatially_uncorrelated import ConvInputSUAKroneckerFactor
 from kfac_xp.fisher_factors.tensor_normal import (
@@ -55,6 +64,7 @@ __all__ = [
     "ConvInputKroneckerFactor",
     "ConvInputMultiKF",
     "ConvInputSUAKroneckerFactor",
+    "ConvLowRankFactor",
     "ConvOutputKroneckerFactor",
     "ConvOutputMultiKF",
     "ConvRotatedFactor",
@@ -67,16 +77,20 @@ __all__ = [
     "FisherFactor",
     "FullyConnectedDiagonalFactor",
     "FullyConnectedKroneckerFactor",
+    "FullyConnectedLowRankFactor",
     "FullyConnectedMultiKF",
     "FullyConnectedRotatedFactor",
     "FullyConnectedTensorNormalFactor",
     "InverseProvidingFactor",
+    "LowRankFactor",
     "NaiveDiagonalFactor",
     "NaiveFullFactor",
+    "NaiveLowRankFactor",
     "RotatedDiagonalFactor",
     "ScaleAndShiftDiagonalFactor",
     "ScaleAndShiftFactor",
     "ScaleAndShiftFullFactor",
+    "ScaleAndShiftLowRankFactor",
     "moments_of_groups",
     "Side",
     "SideOfGroups",
@@ -84,4 +98,5 @@ __all__ = [
     "follow",
     "refresh_factors",
     "refresh_powers",
+    "require_rank",
 ]

@@ -238,6 +238,11 @@ class FisherFactor(MatrixFunctions):
         return self._like
 
     @property
+    def num_rows(self) -> int:
+        """Rows of a matrix that costs as much to decompose as what is to be decomposed here."""
+        return self.moment.shape[-1]
+
+    @property
     def triangles(self) -> Triangles | None:
         """``"symmetric"`` if a moment is a symmetric matrix: half of it is all there is to send."""
         return self._powers.statistics_triangles(self.moment.shape)

@@ -1,16 +1,19 @@
-"""The two forms of a covariance: a full matrix, or one entry per parameter."""
+"""The forms of a covariance: a full matrix, one entry per parameter, or that and low rank."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from kfac_xp.averages import MovingAverage
 from kfac_xp.backend import array_namespace
 from kfac_xp.fisher_factors.base import FisherFactor
+from kfac_xp.outer_products import LowRankAverage
 from kfac_xp.representations import (
     DampingKey,
     Decomposition,
     Dense,
     Diagonal,
+    LowRank,
     Representation,
     Request,
 )
@@ -105,3 +108,51 @@ class DiagonalFactor(FisherFactor):
             return power.matmul(x)
         xp = array_namespace(x)
         return xp.reshape(power.matmul(xp.reshape(x, (-1,))), self.moment.shape)
+
+
+class LowRankFactor(FisherFactor):
+    """A factor that keeps the leading eigenvectors of its covariance, and its diagonal.
+
+    The covariance is ``diag(d) + W @ W.T`` for W of `rank` columns: the leading part of the running
+    second moment of the gradients of cases. d is chosen so that the diagonal of the whole is that
+    of the running moment. What is kept, and what `get_cov` returns, is ``[W, diagonal]``, of shape
+    [P, rank + 1]; the matrix is ``get_cov_as_linear_operator()``.
+
+    A batch is summed into at most ``2 * rank + 10`` columns, exactly if its cases (times sources)
+    are not more, otherwise to its own leading ones. A step of the average stacks these and
+    W, both times roots of their weights, and keeps the `rank` leading eigenvectors. Nothing is left
+    out, and the matrix is the whole second moment, as long as that has no higher rank.
+
+    Functions are computed from the covariance of now whenever they are read; registering
+    them changes nothing. Powers 1 and -1 and the Cholesky factors (roots that are not triangular)
+    take the order of ``P * rank ** 2``. Other powers decompose the dense matrix each time, up to
+    4096 parameters, and are refused with a NotImplementedError beyond.
+
+    References
+    ----------
+    Mishkin, Kunstner, Nielsen, Schmidt and Khan (2018), arXiv:1811.04504, section 3.
+    """
+
+    representation = LowRank
+
+    @property
+    def rank(self) -> int:
+        """How many eigenvectors are kept: not more than there are parameters."""
+        return self.moment.shape[1] - 1
+
+    def _new_average(self) -> MovingAverage:
+        return LowRankAverage(
+            self._powers.initial_value(self.moment.shape, self._like),
+            zero_debias=self.options.zero_debias,
+            starts_defined=self.options.initial != "zeros",
+        )
+
+
+def require_rank(rank: Any) -> int:
+    """Refuse what is no rank."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(
+            "`rank` must be the number of eigenvectors that are kept, a positive int; got "
+            f"{rank!r}."
+        )
+    return rank

@@ -9,7 +9,13 @@ from typing import Any
 
 from kfac_xp.batches import Placeholder, require_same_place
 from kfac_xp.fisher_factors.base import FisherFactor
-from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
+from kfac_xp.fisher_factors.forms import (
+    DiagonalFactor,
+    InverseProvidingFactor,
+    LowRankFactor,
+    require_rank,
+)
+from kfac_xp.low_rank_moments import NaiveLowRankMoment
 from kfac_xp.moments import Moment, NaiveDiagonalMoment, NaiveFullMoment
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import as_arrays, tensors_to_column
@@ -158,6 +164,48 @@ class NaiveDiagonalFactor(_NaiveFactor, DiagonalFactor):
 
     def _gradient(self, arrays: list[Array]) -> Array:
         return arrays[0]
+
+
+class NaiveLowRankFactor(_NaiveFactor, LowRankFactor):
+    """FisherFactor of low rank and a diagonal for any parameters, "square of the sum".
+
+    Estimates ``g g^T / batch_size`` with g the gradient of the loss summed over cases: see
+    `NaiveFullFactor` and `LowRankFactor`. One column for each batch and source.
+
+    Parameters
+    ----------
+    params_grads
+        Gradients, one per source: an array, or a tuple or list of arrays.
+    batch_size
+        Number of cases that the gradients sum over.
+    rank
+        How many eigenvectors are kept.
+    **options
+        Fields of `FactorOptions`, and ``name``.
+
+    Raises
+    ------
+    ValueError
+        As for `NaiveFullFactor`, or if the rank is no positive int.
+    """
+
+    def __init__(
+        self,
+        params_grads: Iterable[Params] | Params,
+        batch_size: int | None,
+        *,
+        rank: int = 10,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._rank = require_rank(rank)
+        super().__init__(params_grads, batch_size, name, options)
+
+    def _make_moment(self) -> NaiveLowRankMoment:
+        return NaiveLowRankMoment(sum(math.prod(shape) for shape in self._shapes), self._rank)
+
+    def _gradient(self, arrays: list[Array]) -> Array:
+        return tensors_to_column(tuple(arrays))
 
 
 def params_sources(params_grads: Any) -> Iterator[list[Any]]:

@@ -7,7 +7,12 @@ from typing import Any
 
 from kfac_xp.batches import as_sources, as_towers, bind, example_of
 from kfac_xp.fisher_factors.base import FisherFactor
-from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
+from kfac_xp.fisher_factors.forms import (
+    DiagonalFactor,
+    InverseProvidingFactor,
+    LowRankFactor,
+    require_rank,
+)
 from kfac_xp.fisher_factors.fully_connected import require_as_many_towers, towers_of
 from kfac_xp.moments import ScaleAndShiftMoment
 from kfac_xp.options import FactorOptions
@@ -44,7 +49,8 @@ class ScaleAndShiftFactor(FisherFactor):
     """
 
     data_names = ("inputs", "outputs_grads")
-    _is_diagonal: bool
+    _is_diagonal: bool = False
+    _rank: int | None = None
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class ScaleAndShiftFactor(FisherFactor):
             if has_shift
             else None,
             self._is_diagonal,
+            self._rank,
         )
         super().__init__(moment, data, FactorOptions().changed(**options), name)
 
@@ -112,6 +119,18 @@ class ScaleAndShiftDiagonalFactor(ScaleAndShiftFactor, DiagonalFactor):
     """
 
     _is_diagonal = True
+
+
+class ScaleAndShiftLowRankFactor(ScaleAndShiftFactor, LowRankFactor):
+    """FisherFactor for the leading eigenvectors and the diagonal of a scale and a shift.
+
+    Over the entries of the scale, then those of the shift: see `LowRankFactor`. Arguments and
+    errors are those of `ScaleAndShiftFactor`, and ``rank``.
+    """
+
+    def __init__(self, *data_and_dims: Any, rank: int = 10, **options: Any) -> None:
+        self._rank = require_rank(rank)
+        super().__init__(*data_and_dims, **options)
 
 
 def _checked_dims(name: str, dims: Sequence[int], num_axes: int) -> tuple[int, ...]:

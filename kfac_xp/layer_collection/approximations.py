@@ -16,6 +16,7 @@ from kfac_xp.fisher_blocks import (
     ConvKFACReduceFB,
     ConvKFCBasicFB,
     ConvKFCBasicMultiIndepFB,
+    ConvLowRankFB,
     ConvMultiEKFACFB,
     ConvMultiTNTFB,
     ConvTNTFB,
@@ -29,6 +30,7 @@ from kfac_xp.fisher_blocks import (
     FullyConnectedKFACBasicFB,
     FullyConnectedKFACExpandFB,
     FullyConnectedKFACReduceFB,
+    FullyConnectedLowRankFB,
     FullyConnectedMultiEKFACFB,
     FullyConnectedMultiIndepFB,
     FullyConnectedMultiTNTFB,
@@ -36,8 +38,10 @@ from kfac_xp.fisher_blocks import (
     FullyConnectedTNTFB,
     NaiveDiagonalFB,
     NaiveFullFB,
+    NaiveLowRankFB,
     ScaleAndShiftDiagonalFB,
     ScaleAndShiftFullFB,
+    ScaleAndShiftLowRankFB,
 )
 
 Maker = tuple[type[FisherBlock], Mapping[str, Any]]
@@ -61,7 +65,11 @@ _TRANSPOSED, _DEPTHWISE = {"kind": "transposed"}, {"kind": "depthwise"}
 
 APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
     {
-        "generic": {"diagonal": (NaiveDiagonalFB, {}), "full": (NaiveFullFB, {})},
+        "generic": {
+            "diagonal": (NaiveDiagonalFB, {}),
+            "full": (NaiveFullFB, {}),
+            "low_rank": (NaiveLowRankFB, {}),
+        },
         "fully_connected": {
             **_sides(FullyConnectedKFACBasicFB, "kron"),
             "diagonal": (FullyConnectedDiagonalFB, {}),
@@ -71,6 +79,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
             "ekfac_expand": (FullyConnectedEKFACExpandFB, {}),
             "ekfac_reduce": (FullyConnectedEKFACReduceFB, {}),
             "tnt": (FullyConnectedTNTFB, {}),
+            "low_rank": (FullyConnectedLowRankFB, {}),
         },
         "conv2d": {
             "kron": (ConvKFCBasicFB, {}),
@@ -81,6 +90,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
             "ekfac": (ConvEKFACFB, {}),
             "ekfac_reduce": (ConvEKFACReduceFB, {}),
             "tnt": (ConvTNTFB, {}),
+            "low_rank": (ConvLowRankFB, {}),
         },
         "grouped_conv2d": {
             "kron": (ConvGroupedKFCFB, {}),
@@ -88,6 +98,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
             "kron_expand": (ConvGroupedKFCFB, {}),
             "ekfac": (ConvGroupedEKFACFB, {}),
             "tnt": (ConvGroupedTNTFB, {}),
+            "low_rank": (ConvLowRankFB, {}),
         },
         "conv_transpose": {
             "kron": (ConvKFCBasicFB, _TRANSPOSED),
@@ -97,6 +108,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
             "ekfac": (ConvEKFACFB, _TRANSPOSED),
             "ekfac_reduce": (ConvEKFACReduceFB, _TRANSPOSED),
             "tnt": (ConvTNTFB, _TRANSPOSED),
+            "low_rank": (ConvLowRankFB, _TRANSPOSED),
         },
         "grouped_conv_transpose": {
             "kron": (ConvGroupedKFCFB, _TRANSPOSED),
@@ -104,6 +116,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
             "kron_expand": (ConvGroupedKFCFB, _TRANSPOSED),
             "ekfac": (ConvGroupedEKFACFB, _TRANSPOSED),
             "tnt": (ConvGroupedTNTFB, _TRANSPOSED),
+            "low_rank": (ConvLowRankFB, _TRANSPOSED),
         },
         "depthwise_conv2d": {
             "diagonal": (DepthwiseConvDiagonalFB, {}),
@@ -112,6 +125,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
             "diagonal_exact": (ConvDiagonalFB, _DEPTHWISE),
             "ekfac": (ConvGroupedEKFACFB, _DEPTHWISE),
             "tnt": (ConvGroupedTNTFB, _DEPTHWISE),
+            "low_rank": (ConvLowRankFB, _DEPTHWISE),
         },
         "fully_connected_multi": {
             **_sides(FullyConnectedMultiIndepFB, "kron_indep"),
@@ -128,6 +142,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Maker]] = MappingProxyType(
         "scale_and_shift": {
             "full": (ScaleAndShiftFullFB, {}),
             "diagonal": (ScaleAndShiftDiagonalFB, {}),
+            "low_rank": (ScaleAndShiftLowRankFB, {}),
         },
     }
 )

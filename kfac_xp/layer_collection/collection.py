@@ -10,14 +10,14 @@ from typing import Any
 from kfac_xp.batches import Placeholder
 from kfac_xp.fisher_blocks import FisherBlock, blocks_factors
 from kfac_xp.fisher_factors import FisherFactor
-from kfac_xp.layer_collection.layers import LayerRegistry
+from kfac_xp.layer_collection.chains import ChainRegistry
 from kfac_xp.layer_collection.losses import LossRegistry
 from kfac_xp.layer_collection.report import RegisteredLayer, RegistrationReport, make_report
 from kfac_xp.options import FactorOptions
 from kfac_xp.typing import Vectors
 
 
-class LayerCollection(LayerRegistry, LossRegistry):
+class LayerCollection(ChainRegistry, LossRegistry):
     """The layers and losses of a model.
 
     Layers are registered by the names under which their parameters, inputs and gradients will be
@@ -30,7 +30,7 @@ class LayerCollection(LayerRegistry, LossRegistry):
     """
 
     def __init__(self, **options: Any) -> None:
-        LayerRegistry.__init__(self)
+        ChainRegistry.__init__(self)
         LossRegistry.__init__(self)
         self.options = FactorOptions().changed(**options)
         self._factors: dict[Any, tuple[FisherFactor, Any]] = {}

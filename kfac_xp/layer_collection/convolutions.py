@@ -65,12 +65,14 @@ class ConvolutionRegistry(LayerEntries):
             over three.)
         approx
             ``"kron"`` (the default; ``"kron_expand"`` is the same), ``"kron_reduce"``,
-            ``"diagonal"``, ``"kron_sua"``, ``"ekfac"``, ``"ekfac_reduce"`` or ``"tnt"``; with
-            groups ``"kron"``, ``"kron_expand"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``.
+            ``"diagonal"``, ``"kron_sua"``, ``"ekfac"``, ``"ekfac_reduce"``, ``"tnt"`` or
+            ``"low_rank"``; with groups ``"kron"``, ``"kron_expand"``, ``"diagonal"``, ``"ekfac"``,
+            ``"tnt"`` or ``"low_rank"``.
         **keywords
             ``groups``: how many parts of the channels have nothing to do with each other.
             ``kernel_layout``: order of the kernel's axes in parameters, gradients and results,
-            ``"HWIO"`` or the same letters in another order, such as ``"OIHW"``. ``inputs_of`` and
+            ``"HWIO"`` or the same letters in another order, such as ``"OIHW"``. ``rank``: how many
+            eigenvectors ``"low_rank"`` keeps, 10 unless given. ``inputs_of`` and
             ``reuse`` as for `register_fully_connected`; ``patch_mask``, and for ``"kron"``
             and ``"ekfac"`` ``sub_sample_inputs``, ``sub_sample_patches`` and ``generator``, as for
             `ConvKFCBasicFB`, the mask in the library's order.
@@ -137,8 +139,9 @@ class ConvolutionRegistry(LayerEntries):
             Outputs appended after the last: one int per spatial axis, less than its stride.
         approx
             ``"kron"`` (the default; ``"kron_expand"`` is the same), ``"kron_reduce"``,
-            ``"diagonal"``, ``"ekfac"``, ``"ekfac_reduce"`` or ``"tnt"``; with groups ``"kron"``,
-            ``"kron_expand"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``.
+            ``"diagonal"``, ``"ekfac"``, ``"ekfac_reduce"``, ``"tnt"`` or ``"low_rank"``; with
+            groups ``"kron"``, ``"kron_expand"``, ``"diagonal"``, ``"ekfac"``, ``"tnt"`` or
+            ``"low_rank"``.
         **keywords
             As for `register_conv2d`.
 
@@ -173,6 +176,7 @@ class ConvolutionRegistry(LayerEntries):
         approx: str | None = None,
         *,
         kernel_layout: str | None = None,
+        rank: int | None = None,
         reuse: bool = False,
     ) -> FisherBlock:
         """Register a depthwise convolution: kernel [*kernel, C, M].
@@ -190,9 +194,11 @@ class ConvolutionRegistry(LayerEntries):
             Kronecker product for each channel, and nothing between them, of which the inverse is
             that of the depthwise convolution's own block. ``"diagonal_exact"``: the numbers of
             ``"diagonal"`` without the zeros. ``"ekfac"`` and ``"tnt"``: channel by channel, as
-            ``"kron_exact"``.
+            ``"kron_exact"``. ``"low_rank"``: of all channels together, without the zeros.
         kernel_layout
             Order of the kernel's axes: the letters H, W, I for C and O for M.
+        rank
+            With ``"low_rank"``: how many eigenvectors are kept; 10 if None.
         """
         num_axes = max(1, len(param_shapes(params)[0]) - 2)
         return self._register_convolution(
@@ -207,6 +213,7 @@ class ConvolutionRegistry(LayerEntries):
             kind="depthwise_conv2d",
             reuse=reuse,
             kernel_layout=kernel_layout,
+            rank=rank,
         )
 
     def register_separable_conv2d(

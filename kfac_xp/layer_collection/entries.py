@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from kfac_xp.backend import array_namespace, device_of, require_one_place
 from kfac_xp.batches import Placeholder
-from kfac_xp.fisher_blocks import FisherBlock
+from kfac_xp.fisher_blocks import FisherBlock, LowRankFB
 from kfac_xp.layer_collection.approximations import APPROXIMATIONS, ApproximationChoices
 from kfac_xp.layer_collection.report import RegisteredLayer
 from kfac_xp.params import as_arrays, param_shapes
@@ -82,8 +82,17 @@ class LayerEntries(ApproximationChoices, abc.ABC):
         return block
 
     def _made(self, maker: tuple[str, Any, Any], name: str, arguments: dict[str, Any]) -> Any:
-        """The block of a layer, not entered yet."""
-        _, cls, fixed = maker
+        """The block of a layer, not entered yet. A rank of None is not given."""
+        approx, cls, fixed = maker
+        rank = arguments.get("rank")
+        arguments = {key: value for key, value in arguments.items() if key != "rank"}
+        if rank is not None:
+            if not issubclass(cls, LowRankFB):
+                raise ValueError(
+                    f"`rank` belongs to approx='low_rank'; got rank={rank!r} for layer {name!r} "
+                    f"with approx={approx!r}. Leave it out."
+                )
+            arguments["rank"] = rank
         return cls(self, **arguments, **fixed, name=name)
 
     def _enter(
@@ -126,6 +135,12 @@ class LayerEntries(ApproximationChoices, abc.ABC):
             raise ValueError(
                 f"`params` of the reused layer {name!r} must have the shapes {entry.shapes}; "
                 f"got {param_shapes(params)}."
+            )
+        ranks = [b.rank for b in (self._blocks[name], block) if isinstance(b, LowRankFB)]
+        if len(set(ranks)) > 1:
+            raise ValueError(
+                f"`rank` of the reused layer {name!r} must be that of its first registration, "
+                f"{ranks[0]}; got {ranks[1]}."
             )
         if entry.spec != block.spec:
             raise ValueError(

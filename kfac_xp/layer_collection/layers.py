@@ -26,6 +26,7 @@ class LayerRegistry(ConvolutionRegistry):
         *,
         dense_inputs: bool = True,
         kernel_layout: str | None = None,
+        rank: int | None = None,
         inputs_of: str | None = None,
         reuse: bool = False,
     ) -> FisherBlock:
@@ -40,9 +41,9 @@ class LayerRegistry(ConvolutionRegistry):
             device are read, values are not.
         approx
             ``"kron"`` (the default), ``"kron_in_diag"``, ``"kron_out_diag"``,
-            ``"kron_both_diag"``, ``"diagonal"``, ``"ekfac"`` or ``"tnt"``; over sequences, inputs
-            [N, T, d_in] and gradients [N, T, d_out], ``"kron_expand"``, ``"kron_reduce"``,
-            ``"ekfac_expand"`` or ``"ekfac_reduce"``.
+            ``"kron_both_diag"``, ``"diagonal"``, ``"ekfac"``, ``"tnt"`` or ``"low_rank"``; over
+            sequences, inputs [N, T, d_in] and gradients [N, T, d_out], ``"kron_expand"``,
+            ``"kron_reduce"``, ``"ekfac_expand"`` or ``"ekfac_reduce"``.
         dense_inputs
             False for an embedding: its inputs are class ids [N], integers below d_in. It has no
             bias, and needs an approximation with a diagonal input factor, which is exact for it:
@@ -50,6 +51,8 @@ class LayerRegistry(ConvolutionRegistry):
         kernel_layout
             Order of the kernel's axes in parameters, gradients and results: None or ``"IO"`` for
             [d_in, d_out], ``"OI"`` for [d_out, d_in].
+        rank
+            With ``"low_rank"``: how many eigenvectors are kept; 10 if None.
         inputs_of
             Name of a registered layer that has the same inputs, as query, key and value have:
             both then share one input factor.
@@ -69,7 +72,7 @@ class LayerRegistry(ConvolutionRegistry):
             name,
             params,
             approx,
-            {},
+            {"rank": rank},
             (None,),
             dense_inputs=dense_inputs,
             kernel_layout=kernel_layout,
@@ -137,16 +140,10 @@ class LayerRegistry(ConvolutionRegistry):
         reuse: bool,
     ) -> FisherBlock:
         self._check_name(name, params, reuse)
-        shapes, order = param_shapes(params), DenseSpec.create(kernel_layout).kernel
-        d_in, d_out = order.own_sizes(shapes[0]) if len(shapes[0]) == 2 else (None, None)
-        if d_in is None or shapes[1:] not in ((), ((d_out,),)):
-            form = "[d_in, d_out]" if order.is_own else f"[d_out, d_in] ({order.words})"
-            raise ValueError(
-                f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
-                f"over its outputs; got shapes {', '.join(map(str, shapes))}."
-            )
+        d_in, d_out = dense_sizes(name, params, kernel_layout)
+        shapes = param_shapes(params)
         arguments = arguments | {"has_bias": len(shapes) == 2}
-        if not order.is_own:
+        if not DenseSpec.create(kernel_layout).kernel.is_own:
             arguments["kernel_layout"] = kernel_layout
         if not dense_inputs:
             if len(shapes) == 2:
@@ -169,6 +166,7 @@ class LayerRegistry(ConvolutionRegistry):
         inputs: Array | Sequence[int | None],
         approx: str | None = None,
         *,
+        rank: int | None = None,
         reuse: bool = False,
     ) -> FisherBlock:
         """Register ``scale * inputs + shift``, as at the end of a normalisation layer.
@@ -184,7 +182,10 @@ class LayerRegistry(ConvolutionRegistry):
             An array with the shape of what is scaled, cases first, or that shape, in which the
             number of cases may be None.
         approx
-            ``"full"`` (the default) or ``"diagonal"``; both are exact for what they keep.
+            ``"full"`` (the default), ``"diagonal"`` or ``"low_rank"``; all are exact for what they
+            keep.
+        rank
+            With ``"low_rank"``: how many eigenvectors are kept; 10 if None.
         reuse
             Add another tower to the layer already registered under this name.
 
@@ -207,6 +208,7 @@ class LayerRegistry(ConvolutionRegistry):
             "broadcast_dims_scale": dims[0],
             "broadcast_dims_shift": dims[1] if len(dims) == 2 else None,
             "has_shift": len(dims) == 2,
+            "rank": rank,
         }
         maker = self._maker("scale_and_shift", name, approx)
         like = as_arrays(params)[0]
@@ -215,7 +217,13 @@ class LayerRegistry(ConvolutionRegistry):
         return self._enter(block, maker[0], name, params, data, data, 1, reuse)
 
     def register_generic(
-        self, name: str, params: Params, approx: str | None = None, *, reuse: bool = False
+        self,
+        name: str,
+        params: Params,
+        approx: str | None = None,
+        *,
+        rank: int | None = None,
+        reuse: bool = False,
     ) -> FisherBlock:
         """Register parameters of any kind, by the gradient of the loss with respect to them.
 
@@ -226,7 +234,10 @@ class LayerRegistry(ConvolutionRegistry):
         params
             An array, or a tuple of arrays.
         approx
-            ``"diagonal"`` (the default, for one array) or ``"full"``. See `NaiveFullFB`.
+            ``"diagonal"`` (the default, for one array), ``"full"`` or ``"low_rank"``. See
+            `NaiveFullFB`.
+        rank
+            With ``"low_rank"``: how many eigenvectors are kept; 10 if None.
         reuse
             Add another tower to the parameters already registered under this name.
         """
@@ -234,7 +245,7 @@ class LayerRegistry(ConvolutionRegistry):
         maker = self._maker("generic", name, approx)
         like = as_arrays(params)[0]
         arrays = tuple(self._placeholder(tuple(a.shape), like) for a in as_arrays(params))
-        block = self._made(maker, name, {"params": arrays})
+        block = self._made(maker, name, {"params": arrays, "rank": rank})
         return self._enter(block, maker[0], name, params, None, None, math.inf, reuse)
 
     def auto_register_layers(self, *args: Any, **keywords: Any) -> None:
@@ -251,6 +262,25 @@ class LayerRegistry(ConvolutionRegistry):
             "call `check_registration(params)`, which reports every parameter. "
             "`kfac_xp.integrations` finds the layers of models in PyTorch and JAX."
         )
+
+
+def dense_sizes(name: str, params: Params, kernel_layout: str | None) -> tuple[int, int]:
+    """``(d_in, d_out)`` of a dense layer.
+
+    Raises
+    ------
+    ValueError
+        If the parameters are not those of one.
+    """
+    shapes, order = param_shapes(params), DenseSpec.create(kernel_layout).kernel
+    d_in, d_out = order.own_sizes(shapes[0]) if len(shapes[0]) == 2 else (None, None)
+    if d_in is None or d_out is None or shapes[1:] not in ((), ((d_out,),)):
+        form = "[d_in, d_out]" if order.is_own else f"[d_out, d_in] ({order.words})"
+        raise ValueError(
+            f"`params` of layer {name!r} must be a kernel {form} or a pair of it and a bias "
+            f"over its outputs; got shapes {', '.join(map(str, shapes))}."
+        )
+    return d_in, d_out
 
 
 def _broadcast_dims(

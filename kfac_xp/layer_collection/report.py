@@ -26,6 +26,8 @@ class RegisteredLayer:
         generic parameters, whose gradients contain every use.
     spec
         Geometry, groups and layouts, of layers that have them.
+    neighbours
+        What the layer is correlated with, in words, if it is one of a chain.
     """
 
     name: str
@@ -34,6 +36,7 @@ class RegisteredLayer:
     approximation: str
     uses: float | None
     spec: LayerSpec | None = None
+    neighbours: str = ""
 
     @property
     def num_entries(self) -> int:
@@ -50,7 +53,7 @@ class RegisteredLayer:
         else:
             times = f"{self.uses:.0f} use{'s' * (self.uses != 1)}"
         more = f", {self.spec.words}" if self.spec is not None and self.spec.words else ""
-        return f"{self.block} ({self.approximation!r}), {times}{more}"
+        return f"{self.block} ({self.approximation!r}), {times}{more}{self.neighbours}"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Symmetric curvature matrices in the form in which they are stored, with a common interface."""
 
-from kfac_xp.operators.base import LinearOperator, Spectrum, without_rounding
+from kfac_xp.operators.base import ROUNDING, LinearOperator, Spectrum, without_rounding
 from kfac_xp.operators.block_diagonal import BlockDiagonal
 from kfac_xp.operators.congruence import Congruence, InverseOf, MinusProduct
 from kfac_xp.operators.diagonalized import Diagonalized
 from kfac_xp.operators.kronecker import KroneckerEigen, KroneckerProduct
+from kfac_xp.operators.low_rank import DiagonalPlusLowRank, LowRankRoot
 from kfac_xp.operators.matrix import CurvatureMatrix
 from kfac_xp.operators.permuted import Permuted, permuted
 from kfac_xp.operators.products import SymmetricProducts
@@ -15,10 +16,12 @@ from kfac_xp.operators.structured import RankOneUpdate, RepeatedBlock
 from kfac_xp.operators.taps import TapBasis, UncorrelatedTaps, spectrum_of_taps
 
 __all__ = [
+    "ROUNDING",
     "BlockDiagonal",
     "Congruence",
     "CurvatureMatrix",
     "Diag",
+    "DiagonalPlusLowRank",
     "Diagonalized",
     "FullMatrix",
     "InverseOf",
@@ -28,6 +31,7 @@ __all__ = [
     "LinearOperator",
     "LinearOperatorDiag",
     "LinearOperatorFullMatrix",
+    "LowRankRoot",
     "MinusProduct",
     "ModelSpace",
     "Permuted",

@@ -216,7 +216,8 @@ class CurvatureMatrix:
     ) -> Any:
         """``M ** power @ z`` with z standard normal: a draw of covariance ``M ** (2 power)``.
 
-        (A chain of uses, `FullyConnectedSeriesFB`, draws by another root of that covariance.)
+        (A chain of uses, `FullyConnectedSeriesFB`, and a matrix of low rank plus a diagonal draw
+        by another root of that covariance.)
         Power -1/2 draws from the normal law whose precision is M, power 1/2 from that whose
         covariance is M.
 

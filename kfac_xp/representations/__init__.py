@@ -10,6 +10,7 @@ from kfac_xp.representations.dense import Dense
 from kfac_xp.representations.diagonal import Diagonal
 from kfac_xp.representations.ladder import refresh
 from kfac_xp.representations.lagged import Lagged
+from kfac_xp.representations.low_rank import LowRank
 from kfac_xp.representations.requests import (
     DampingKey,
     Kind,
@@ -30,6 +31,7 @@ __all__ = [
     "Diagonal",
     "Kind",
     "Lagged",
+    "LowRank",
     "PackagedFunc",
     "PowerCache",
     "Representation",

@@ -19,6 +19,7 @@ Kind = Literal[
     "eigen",
     "option1quants",
     "option2quants",
+    "chain",
 ]
 
 
@@ -153,6 +154,7 @@ class PowerCache:
             "option1quants": "register_option1quants(damping)",
             "option2quants": "register_option2quants(damping)",
             "eigen": "register_damped_eigen(damping)",
+            "chain": "register_chain(damping)",
         }[request.kind]
         raise RuntimeError(
             f"{owner} does not serve {request!r}; it serves {list(self.requests)}. "
