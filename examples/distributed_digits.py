@@ -21,11 +21,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import kfac_xp
+from kfac_xp.distributed import Communicator
 
 BATCH_SIZE = 400  # over all ranks; the last of 1500 cases are a batch of 300
 
 
-def connect() -> kfac_xp.Communicator:
+def connect() -> Communicator:
     """All processes that `mpiexec` has started; this one alone if MPI is not installed."""
     try:
         return kfac_xp.MpiCommunicator()
@@ -34,7 +35,7 @@ def connect() -> kfac_xp.Communicator:
         return kfac_xp.SingleProcess()
 
 
-def own_part(num_cases: int, ranks: kfac_xp.Communicator) -> slice:
+def own_part(num_cases: int, ranks: Communicator) -> slice:
     """The rank's cases of a batch: consecutive, and as many as the others have, or one more."""
     first = num_cases * ranks.rank // ranks.size
     last = num_cases * (ranks.rank + 1) // ranks.size
@@ -42,7 +43,7 @@ def own_part(num_cases: int, ranks: kfac_xp.Communicator) -> slice:
 
 
 def make_optimizer(
-    params: Params, ranks: kfac_xp.Communicator, grad_worker_fraction: float
+    params: Params, ranks: Communicator, grad_worker_fraction: float
 ) -> kfac_xp.KfacOptimizer:
     """K-FAC as on one process, but for the last three arguments. The same on all ranks."""
     layers = kfac_xp.LayerCollection()

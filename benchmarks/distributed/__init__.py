@@ -14,11 +14,11 @@ Prediction
     What `benchmarks.scaling.predict` says of the same updates and steps, from rates that are
     measured here (`rates`): for each layer an update of its statistics, for two numbers of cases
     with a line between them; each factor's inverse; each layer's product; forward and backward;
-    latency and bandwidth of a sum; packing. None of these contains an exchange, but for the last
-    three, and none is of the number of cases that is predicted. They are measured by as many
-    processes at once as are predicted, since cores share caches and memory: without exchanging
-    anything, so that waiting and dividing are left to the model. For more processes than cores they
-    are those of a process on each core, slower by the number of processes on a core.
+    packing; latency and bandwidth of a sum. Only the last two contain an exchange, and with several
+    processes none is of the number of cases that is predicted. Cores share caches and memory, so
+    as many processes measure at once as are predicted, each by itself: dividing, sending and
+    waiting are left to the model. For more processes than cores rates are those of one process on
+    each core, divided by the number of processes on a core.
 
 Each number is the median over repeats of the slowest rank. Nothing else may run on the machine.
 """

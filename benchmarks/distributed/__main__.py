@@ -19,7 +19,7 @@ from benchmarks.machine import description, thread_variables
 ROOT = Path(__file__).parents[2]
 PARTS = ("bytes", "scaling")
 FRACTIONS = {"COMM-OPT": 1.0, "HYBRID": 0.5, "MEM-OPT": 0.0}
-INVERT_EVERY = 4
+INVERT_EVERY = 3
 LINK_BYTES = 8 * 2**20
 
 

@@ -172,7 +172,7 @@ def main() -> None:
         start = time.perf_counter()
         found.append(TASKS[name](ranks, problem, **arguments))
         if ranks.rank == 0:
-            words = f"{ranks.size} processes, {name}: {time.perf_counter() - start:.1f} s"
+            words = f"ranks: {ranks.size}; {name}: {time.perf_counter() - start:.1f} s"
             print(words, file=sys.stderr, flush=True)
     if ranks.rank == 0:
         print(json.dumps(found))
