@@ -22,18 +22,18 @@ def description(packages: Iterable[str]) -> str:
     return f"{cores}; Python {sys.version.split()[0]}, {', '.join(versions)}"
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """Environment variables by which libraries are told how many threads to take."""
+    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return dict.fromkeys(names, str(threads))
+
+
 def limit_threads(threads: int) -> None:
     """Give this process and those that it starts so many threads, and as many cores.
 
     Libraries read these variables when they are imported: call this first.
     """
-    for variable in (
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "OMP_NUM_THREADS",
-        "NUMBA_NUM_THREADS",
-    ):
-        os.environ[variable] = str(threads)
+    os.environ.update(thread_variables(threads))
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Threads of OpenMP that spin while they wait take the cores from whatever else is running, and
     # on a busy machine a call of PyTorch then takes a hundred times as long.

@@ -3,13 +3,16 @@
 import gzip
 import importlib
 import importlib.util
+import itertools
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,10 +107,10 @@ def test_layer_inputs_are_what_the_layers_were_given(convnet, rng):
         assert net.layer_inputs[name].ndim == kernel.ndim
 
 
-def run_example(folder, *arguments, script="digits_convnet.py"):
+def run_example(folder, *arguments, script="digits_convnet.py", launcher=()):
     # A child process: the example is a script, and finds its neighbour as one.
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
+        [*launcher, sys.executable, str(EXAMPLES / script), *arguments],
         cwd=folder,
         # Compiling takes JAX longer than these small models.
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
@@ -177,6 +180,49 @@ def test_models_of_other_libraries(tmp_path, library, script):
     losses = [float(x) for x in re.findall(r"mean loss ([\d.]+)", printed)]
     assert losses[-1] < losses[0] / 4
     assert float(re.search(r"accuracy on \d+ others: ([\d.]+)", printed)[1]) > 0.8
+
+
+@pytest.fixture(scope="module")
+def distributed(digits):
+    yield from imported("distributed_digits")
+
+
+def test_two_processes_end_where_one_does(tmp_path, distributed):
+    """The last batch is uneven; the checkpoint, with inverses of both ranks, is that of all."""
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        pytest.skip("there is no mpiexec")
+    options = {"script": "distributed_digits.py"}
+    alone = run_example(tmp_path, "--epochs", "1", **options).stdout.splitlines()
+    shared = run_example(
+        tmp_path,
+        *("--epochs", "1", "--grad-worker-fraction", "0", "--checkpoint", "state.npz"),
+        launcher=(mpiexec, "-n", "2"),
+        **options,
+    ).stdout.splitlines()
+    assert len(alone) == len(shared) == 2  # one rank prints
+    assert "2 MPI processes" in shared[0]
+    assert "200 of 400" in shared[0]
+    assert shared[1] == alone[1]  # ten digits of the loss among them
+    data = distributed.Digits.load(np)
+    params = distributed.ConvNet().initial_params(0, np, np.float64)
+    optimizer = distributed.make_optimizer(params, distributed.kfac_xp.SingleProcess(), 1.0)
+    params = distributed.load(tmp_path / "state.npz", optimizer)
+    loss, _ = distributed.evaluate(params, data.training[0].astype(np.float64), data.training[1])
+    assert f"training loss {loss:.10f}," in alone[1]
+    assert optimizer.counter == 4
+    direction = optimizer.estimator.multiply_inverse(params)
+    assert all(np.isfinite(kernel).all() for kernel, _ in direction.values())
+
+
+def test_cases_of_ranks_are_all_cases_once(distributed):
+    for size, num_cases in itertools.product((1, 2, 3, 7), (5, 300, 400)):
+        ranks = [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
+        parts = [range(num_cases)[distributed.own_part(num_cases, r)] for r in ranks]
+        assert [case for part in parts for case in part] == list(range(num_cases))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_poisson(tmp_path):

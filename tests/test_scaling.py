@@ -83,6 +83,24 @@ def test_sums():
             assert cost.triangles == 6 * (2 * latency + 11 / 4)
 
 
+def test_packing():
+    slow = replace(UNIT, packing=0.5)
+    for strategy in (COMM_OPT, HALF, MEM_OPT):
+        free, packed = (predict(LAYERS, m, 4, strategy, EVERY) for m in (UNIT, slow))
+        # Triangles of 3, 1, 5, 1 and 1 bytes; inverses of 3 + 1 + 1 + 1, half of them, or none.
+        assert packed.triangles - free.triangles == 11 / 0.5
+        inverses = {COMM_OPT: 6, HALF: 4, MEM_OPT: 0}[strategy]
+        assert packed.inverses - free.inverses == inverses / 0.5
+        assert packed.gradients == free.gradients
+    assert predict(LAYERS, slow, 1, COMM_OPT, EVERY).triangles == 0
+
+
+def test_further_backward_passes():
+    cost = predict(LAYERS, UNIT, 4, COMM_OPT, replace(EVERY, backward_passes=2))
+    assert cost.statistics == 44 + 2 * 108 / 3
+    assert cost.forward_backward == 108
+
+
 def test_gathering():
     # Triangles of 3, 1, 1, 1 entries, each on another of 4 ranks: the second receives 5.
     assert predict(LAYERS, UNIT, 4, COMM_OPT, EVERY).inverses == 5

@@ -17,8 +17,8 @@ gradients
     All-reduced in every step, e bytes a parameter, in buckets. A ring: ``2 (p - 1) (L + bytes /
     (p B))`` for each bucket. A layer larger than a bucket is a message by itself.
 statistics
-    ``2 N T (a^2 + g^2)`` flops and 2 C, as products of two matrices. Every `cov_update_every`
-    steps.
+    ``2 N T (a^2 + g^2)`` flops and 2 C, as products of two matrices, and ``2 N T a g`` for each of
+    `backward_passes` (none here). Every `cov_update_every` steps.
 triangles
     Then all-reduced likewise, first of all inputs, then of all gradients: ``e a (a + 1) / 2`` and
     ``e g (g + 1) / 2`` bytes, or e for each parameter of a diagonal layer. Every rank keeps every
@@ -47,20 +47,24 @@ of a diagonal one; served matrices, ``e (a^2 + g^2)`` of a group's layers; and f
 as the averages for a batch's statistics and all their messages, or all messages of gradients.
 Parameters, gradients, activations and momenta come on top and are the same for all.
 
+Instead of a `Machine`, with one rate for products of every size, `predict` takes anything that says
+how long a rank's parts take (`Rates`). `benchmarks.distributed` measures them, the packing of
+triangles included, and compares what follows with what several processes take.
+
 "Every rank alone" is data parallelism without sharing: each inverts everything.
 """
 
-from benchmarks.scaling.model import (
+from benchmarks.scaling.inputs import (
     ALONE,
     COMM_OPT,
     MEM_OPT,
     Layer,
     Machine,
-    StepCost,
+    Rates,
     Strategy,
     Training,
-    predict,
 )
+from benchmarks.scaling.model import StepCost, predict
 
 __all__ = [
     "ALONE",
@@ -68,6 +72,7 @@ __all__ = [
     "MEM_OPT",
     "Layer",
     "Machine",
+    "Rates",
     "StepCost",
     "Strategy",
     "Training",

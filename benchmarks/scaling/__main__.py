@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.gpu.networks import Conv, ResNet
-from benchmarks.scaling.model import (
+from benchmarks.scaling.inputs import (
     ALONE,
     COMM_OPT,
     MEM_OPT,
@@ -20,8 +20,8 @@ from benchmarks.scaling.model import (
     Method,
     Strategy,
     Training,
-    predict,
 )
+from benchmarks.scaling.model import predict
 
 RANKS = (8, 16, 64, 256, 1024)
 STRATEGIES = (ALONE, COMM_OPT, Strategy(Fraction(1, 2)), Strategy(Fraction(1, 8)), MEM_OPT)

@@ -1,132 +1,13 @@
-"""What goes in, what comes out, and the formulas; in words in the package's docstring."""
+"""What comes out, and the formulas; in words in the package's docstring."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Literal, TypeAlias
 
-from kfac_xp.distributed import Placement, PlacementStrategy, place
-from kfac_xp.distributed.buffers import BUCKET_BYTES
-
-Method: TypeAlias = Literal["cholesky", "eigh"]
-Exchange: TypeAlias = Literal["gather", "broadcasts"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What the model needs to know of a layer.
-
-    Parameters
-    ----------
-    name
-        Unique.
-    kind
-        ``"kronecker"``: two factors. ``"diagonal"``: an average for each parameter, with
-        arithmetic that counts as nothing. ``"excluded"``: trained without curvature; its gradient
-        is reduced all the same.
-    d_in, d_out
-        Rows of the factors; `d_in` with the bias, and with the taps of a filter.
-    parameters
-        How many; ``d_in * d_out`` for a Kronecker layer.
-    locations
-        Of one case: 1, pixels of the output, or the length of a sequence; 0 for a layer without
-        products.
-    """
-
-    name: str
-    kind: Literal["kronecker", "diagonal", "excluded"]
-    d_in: int
-    d_out: int
-    parameters: int
-    locations: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Effective rates of one rank and of its link, each to be had by timing one operation.
-
-    Parameters
-    ----------
-    name
-        For people.
-    network_flops, product_flops
-        Flops per second of forward and backward passes, and of products in the statistics' dtype.
-    cholesky_flops, eigh_flops
-        ``n**3 / seconds`` of an inverse by Cholesky, ``9 * n**3 / seconds`` of an ``eigh``.
-    bandwidth
-        Bytes per second of a rank's link, one way.
-    latency
-        Seconds of the smallest message.
-    call_seconds
-        What a product or a decomposition takes beside its arithmetic.
-    """
-
-    name: str
-    network_flops: float
-    product_flops: float
-    cholesky_flops: float
-    eigh_flops: float
-    bandwidth: float
-    latency: float
-    call_seconds: float
-
-
-@dataclass(frozen=True)
-class Training:
-    """How often things are done, with how much data, and in what precision.
-
-    Parameters
-    ----------
-    batch_per_rank
-        Cases of one rank.
-    cov_update_every, invert_every
-        Steps from one update to the next.
-    method
-        Inverses by ``"cholesky"``, or eigenvectors by ``"eigh"``.
-    exchange
-        How inverses and directions are sent: ``"gather"``, as the library does, or
-        ``"broadcasts"``, as in KAISA.
-    itemsize
-        Bytes of an entry of everything that is kept or sent.
-    bucket_bytes
-        What is fused for a sum or a broadcast.
-    """
-
-    batch_per_rank: int = 32
-    cov_update_every: int = 10
-    invert_every: int = 100
-    method: Method = "cholesky"
-    exchange: Exchange = "gather"
-    itemsize: int = 4
-    bucket_bytes: int = BUCKET_BYTES
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """Which part of the ranks preconditions each layer, and how work is divided.
-
-    Not `shared`: every rank decomposes everything by itself.
-    """
-
-    grad_worker_fraction: Fraction
-    placement: PlacementStrategy = "greedy"
-    shared: bool = True
-
-    @property
-    def name(self) -> str:
-        """As in the tables; 0 is one worker on any number of ranks."""
-        if not self.shared:
-            return "every rank alone"
-        known = {Fraction(1): "COMM-OPT", Fraction(0): "MEM-OPT"}
-        return known.get(self.grad_worker_fraction, f"HYBRID {self.grad_worker_fraction}")
-
-
-ALONE = Strategy(Fraction(1), shared=False)
-COMM_OPT = Strategy(Fraction(1))
-MEM_OPT = Strategy(Fraction(0))
+from benchmarks.scaling.inputs import Layer, Rates, Strategy, Training
+from kfac_xp.distributed import Placement, place
 
 
 @dataclass(frozen=True)
@@ -175,7 +56,7 @@ directions
 
 def predict(
     layers: Sequence[Layer],
-    machine: Machine,
+    machine: Rates,
     ranks: int,
     strategy: Strategy,
     training: Training | None = None,
@@ -184,6 +65,8 @@ def predict(
 
     Parameters
     ----------
+    machine
+        Assumed rates, a `Machine`, or measured ones.
     training
         ``Training()`` if None.
 
@@ -207,16 +90,18 @@ def predict(
         inverses = slowest_group(placement, link, t)
     else:
         rows = [n for layer in kronecker for n in (layer.d_in, layer.d_out)]
-        inversion, inverses = sum(decomposition(n, machine, t) for n in rows), 0.0
+        inversion, inverses = sum(machine.decomposition(n, t) for n in rows), 0.0
+    statistics = machine.second_moments(kronecker, t)
+    statistics += t.backward_passes * machine.backward(layers, t)
     summed = averages + triangles if ranks > 1 else averages
     return StepCost(
-        forward_backward=passes(layers, machine, t),
+        forward_backward=machine.passes(layers, t),
         gradients=link.all_reduce(gradients, ranks),
-        statistics=second_moments(kronecker, machine, t) / t.cov_update_every,
+        statistics=statistics / t.cov_update_every,
         triangles=all_triangles(layers, ranks, link, t) / t.cov_update_every,
         inversion=inversion / t.invert_every,
         inverses=inverses / t.invert_every,
-        preconditioning=max(products(group, machine, t) for group in groups),
+        preconditioning=max(machine.products(group, t) for group in groups),
         directions=directions(groups, link, t),
         averages_bytes=t.itemsize * averages,
         served_bytes=t.itemsize * max(served_entries(group, t) for group in groups),
@@ -237,40 +122,13 @@ def groups_of(placement: Placement, layers: Iterable[Layer]) -> list[list[Layer]
 # Arithmetic
 
 
-def passes(layers: Iterable[Layer], machine: Machine, t: Training) -> float:
-    """Seconds forward and backward."""
-    flops = sum(6 * layer.locations * layer.d_in * layer.d_out for layer in layers)
-    return t.batch_per_rank * flops / machine.network_flops
-
-
-def second_moments(layers: Sequence[Layer], machine: Machine, t: Training) -> float:
-    """Seconds for one update of all averages."""
-    flops = sum(2 * layer.locations * (layer.d_in**2 + layer.d_out**2) for layer in layers)
-    calls = 2 * len(layers) * machine.call_seconds
-    return t.batch_per_rank * flops / machine.product_flops + calls
-
-
-def decomposition(n: int, machine: Machine, t: Training) -> float:
-    """Seconds for one factor."""
-    if t.method == "cholesky":
-        return n**3 / machine.cholesky_flops + machine.call_seconds
-    return 9 * n**3 / machine.eigh_flops + machine.call_seconds
-
-
-def slowest_rank(placement: Placement, machine: Machine, t: Training) -> float:
+def slowest_rank(placement: Placement, machine: Rates, t: Training) -> float:
     """Seconds for the decompositions of the rank with the most of them."""
     seconds: defaultdict[int, float] = defaultdict(float)
     for layer in placement.placed:
         for factor in layer.factors:
-            seconds[factor.rank] += decomposition(factor.n, machine, t)
+            seconds[factor.rank] += machine.decomposition(factor.n, t)
     return max(seconds.values(), default=0.0)
-
-
-def products(layers: Sequence[Layer], machine: Machine, t: Training) -> float:
-    """Seconds for preconditioning some layers."""
-    flops = sum(2 * layer.d_in * layer.d_out * (layer.d_in + layer.d_out) for layer in layers)
-    seconds = flops / machine.product_flops + 2 * len(layers) * machine.call_seconds
-    return seconds if t.method == "cholesky" else 2 * seconds
 
 
 def served_entries(layers: Iterable[Layer], t: Training) -> int:
@@ -310,7 +168,7 @@ def fused(sizes: Iterable[int], limit: int) -> list[int]:
 class Link:
     """How long exchanges take."""
 
-    machine: Machine
+    machine: Rates
     training: Training
 
     def all_reduce(self, sizes: Iterable[int], ranks: int) -> float:
@@ -351,7 +209,8 @@ def all_triangles(layers: Iterable[Layer], ranks: int, link: Link, t: Training) 
             of_gradients.append(t.itemsize * triangle(layer.d_out))
         elif layer.kind == "diagonal":
             of_gradients.append(t.itemsize * layer.parameters)
-    return link.all_reduce(of_inputs, ranks) + link.all_reduce(of_gradients, ranks)
+    packing = sum(of_inputs + of_gradients) / link.machine.packing if ranks > 1 else 0.0
+    return packing + link.all_reduce(of_inputs, ranks) + link.all_reduce(of_gradients, ranks)
 
 
 def slowest_group(placement: Placement, link: Link, t: Training) -> float:
@@ -362,8 +221,13 @@ def slowest_group(placement: Placement, link: Link, t: Training) -> float:
             whole = factor.n**2 + factor.n
             count = triangle(factor.n) if t.method == "cholesky" else whole
             sent[factor.rank] += t.itemsize * count
-    groups = placement.worker_groups
-    return max(link.exchange([sent[rank] for rank in group]) for group in groups)
+
+    def seconds(group: tuple[int, ...]) -> float:
+        parts = [sent[rank] for rank in group]
+        packing = sum(parts) / link.machine.packing if len(parts) > 1 else 0.0
+        return packing + link.exchange(parts)
+
+    return max(map(seconds, placement.worker_groups))
 
 
 def directions(groups: Iterable[Iterable[Layer]], link: Link, t: Training) -> float:

@@ -66,10 +66,10 @@ class MpiCommunicator:
     ) -> None:
         try:
             from mpi4py import MPI
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # the latter: mpi4py without an MPI library
             raise ImportError(
                 "MpiCommunicator needs mpi4py and an MPI library: install `kfac-xp[mpi]`, or "
-                "mpi4py beside the MPI of your cluster."
+                f"mpi4py beside the MPI of your cluster. ({' '.join(str(error).split())})"
             ) from error
         world = MPI.COMM_WORLD if comm is None else comm
         self._mpi = MPI
@@ -134,9 +134,11 @@ class MpiCommunicator:
 
     def describe(self) -> str:
         """The MPI library and the way of device arrays."""
-        library = self._mpi.Get_library_version().strip().splitlines()[0].strip("\0 ")
+        first_line = self._mpi.Get_library_version().strip().splitlines()[0]
+        library = " ".join(first_line.strip("\0 ").split())
         way = "sent from the device" if self.cuda_aware else "copied through host memory"
-        return f"{self.size} MPI processes ({library}); device arrays are {way}"
+        processes = "1 MPI process" if self.size == 1 else f"{self.size} MPI processes"
+        return f"{processes} ({library}); device arrays are {way}"
 
     def _message(self, buffer: Array, writable: bool = False) -> Array:
         """The buffer, or a copy of it, in memory that MPI can read."""
