@@ -157,7 +157,7 @@ from kfac_xp.patch_covariance import Rates, patch_covariance
 from kfac_xp.precision import matmul_precision
 from kfac_xp.randomness import generate_random_signs
 from kfac_xp.representations import PackagedFunc
-from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
+from kfac_xp.state import StateError, flatten_state, load_state, save_state, unflatten_state
 
 __version__ = "0.1.0"
 
@@ -311,6 +311,7 @@ __all__ = [
     "make_fisher_estimator",
     "set_default_layer_collection",
     # state
+    "StateError",
     "flatten_state",
     "load_state",
     "save_state",

@@ -22,6 +22,7 @@ WITHOUT_ARRAYS = {
     "SeriesFBApproximation": "an enumeration",
     "SingleProcess": "passes on what it is given",
     "TransposedConvGeometry": "ints only",
+    "StateError": "an exception",
     "StepInfo": "made by the optimizer, where steps are watched",
     "batch_execute": "calls functions",
     "calibrate": "measures, and waits for what it measures",
