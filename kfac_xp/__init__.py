@@ -113,6 +113,7 @@ from kfac_xp.loss_functions import (
     OnehotCategoricalLogitsNegativeLogProbLoss,
     insert_slice_in_zeros,
 )
+from kfac_xp.memory import LayerMemory, MemoryPlan, plan
 from kfac_xp.op_queue import OpQueue, batch_execute
 from kfac_xp.operators import (
     BlockDiagonal,
@@ -302,6 +303,8 @@ __all__ = [
     "FisherEstimator",
     "KfacOptimizer",
     "LayerCollection",
+    "LayerMemory",
+    "MemoryPlan",
     "OpQueue",
     "PeriodicInvCovUpdateKfacOpt",
     "RegistrationReport",
@@ -309,6 +312,7 @@ __all__ = [
     "get_default_layer_collection",
     "batch_execute",
     "make_fisher_estimator",
+    "plan",
     "set_default_layer_collection",
     # state
     "StateError",

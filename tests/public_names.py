@@ -11,7 +11,9 @@ GEOMETRY = kfac_xp.ConvGeometry.create((3, 3), strides=(1, 1), padding="SAME")
 WITHOUT_ARRAYS = {
     "ConvGeometry": "ints only",
     "FactorOptions": "constants only",
+    "LayerMemory": "numbers of bytes",
     "LevenbergMarquardt": "called by the optimizer, where steps are watched",
+    "MemoryPlan": "numbers of bytes",
     "MpiCommunicator": "copies to the host where MPI cannot read devices, and says so",
     "NcclCommunicator": "moves arrays of several GPUs",
     "OpQueue": "orders functions",
@@ -33,6 +35,7 @@ WITHOUT_ARRAYS = {
     "load_state": "reads a file into the host",
     "matmul_precision": "a context",
     "num_conv_locations": "ints only",
+    "plan": "shapes only",
     "place": "ints only",
     "save_state": "copies to the host, which is its purpose",
     "set_default_layer_collection": "one of a stack of collections",

@@ -34,6 +34,7 @@ ORDER = [
     ["curvature_products", "op_queue"],
     ["estimator"],
     ["optimizer"],
+    ["memory"],
     ["integrations", "plots"],
 ]
 LINE = {module: i for i, line in enumerate(ORDER) for module in line}
