@@ -128,6 +128,7 @@ from kfac_xp.loss_functions import (
     OnehotCategoricalLogitsNegativeLogProbLoss,
     insert_slice_in_zeros,
 )
+from kfac_xp.memory import LayerMemory, MemoryPlan, plan
 from kfac_xp.op_queue import OpQueue, batch_execute
 from kfac_xp.operators import (
     BlockDiagonal,
@@ -173,7 +174,7 @@ from kfac_xp.patch_covariance import Rates, patch_covariance
 from kfac_xp.precision import matmul_precision
 from kfac_xp.randomness import generate_random_signs
 from kfac_xp.representations import PackagedFunc
-from kfac_xp.state import flatten_state, load_state, save_state, unflatten_state
+from kfac_xp.state import StateError, flatten_state, load_state, save_state, unflatten_state
 
 __version__ = "0.1.0"
 
@@ -332,6 +333,8 @@ __all__ = [
     "FisherEstimator",
     "KfacOptimizer",
     "LayerCollection",
+    "LayerMemory",
+    "MemoryPlan",
     "OpQueue",
     "PeriodicInvCovUpdateKfacOpt",
     "RegistrationReport",
@@ -339,8 +342,10 @@ __all__ = [
     "get_default_layer_collection",
     "batch_execute",
     "make_fisher_estimator",
+    "plan",
     "set_default_layer_collection",
     # state
+    "StateError",
     "flatten_state",
     "load_state",
     "save_state",

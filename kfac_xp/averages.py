@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from kfac_xp.backend import (
     is_one_float,
     is_readable,
 )
+from kfac_xp.changes import Change, attributes, make
 from kfac_xp.linalg import symmetrized
+from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array, Scalar
 
 
@@ -134,31 +136,79 @@ class MovingAverage:
         return self._value
 
     def state_dict(self) -> dict[str, Any]:
-        """Total, sum of weights and number of updates."""
-        return {"total": self.total, "weight": self.weight, "num_updates": self.num_updates}
+        """Total, sum of weights, number of updates, and what these mean."""
+        state = {
+            "total": self.total,
+            "weight": self.weight,
+            "num_updates": self.num_updates,
+            "zero_debias": self.zero_debias,
+            "starts_defined": self.starts_defined,
+        }
+        return state if self.all_finite is None else state | {"all_finite": self.all_finite}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, moved to this average's library, dtype and device.
+        """Continue from `state`, moved to this average's library and device.
 
         Raises
         ------
-        ValueError
-            If the shape is another.
+        StateError
+            If it is the state of another average: of another shape or dtype, or averaged otherwise.
+            Nothing is changed.
         """
+        make(self.changes_to(Saved(state)))
+
+    def changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which the average continues from a saved state, which is checked."""
+        saved.require(
+            ("total", "weight", "num_updates", "zero_debias", "starts_defined"),
+            optional=("all_finite",),
+        )
         xp, like = array_namespace(self.total), self.total
-        if tuple(state["total"].shape) != tuple(like.shape):
-            raise ValueError(
-                f"the saved average has shape {tuple(state['total'].shape)}, this one "
-                f"{tuple(like.shape)}: the state belongs to another layer or factor."
+        flags, all_finite = xp.zeros((), dtype=xp.bool, device=device_of(like)), None
+        if "all_finite" in saved:
+            all_finite = saved.array("all_finite", flags)
+        if saved.flag("zero_debias") is not self.zero_debias:
+            raise StateError(
+                f"the saved {saved.key('zero_debias')!r} is {not self.zero_debias}, and here it is "
+                f"{self.zero_debias}: totals mean something else. Use the options of then."
             )
-        self.total = xp.asarray(state["total"], dtype=like.dtype, device=device_of(like))
-        self.weight = float(state["weight"])
-        self.num_updates = int(state["num_updates"])
-        self.all_finite = None
-        self._value = None
+        return [
+            attributes(
+                self,
+                total=saved.array("total", like),
+                # Of a device it is an array of the statistics' dtype, and rounds as such.
+                weight=saved.number_or_array("weight", like),
+                num_updates=saved.count("num_updates"),
+                starts_defined=saved.flag("starts_defined"),
+                all_finite=all_finite,
+                _value=None,
+            )
+        ]
 
 
 MovingAverageVariable = MovingAverage
+
+
+class NonFiniteStatisticsError(FloatingPointError):
+    """Statistics that were not finite, found where devices are looked at: at an inverse update.
+
+    Parameters
+    ----------
+    message
+        What is said of it.
+    averages
+        Those whose flags have been read.
+    """
+
+    def __init__(self, message: str, averages: Sequence[MovingAverage]) -> None:
+        super().__init__(message)
+        self.averages = averages
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the flags, so that the report is not made again, also where all else is undone."""
+        for average in self.averages:
+            average.all_finite = None
 
 
 @dataclass(frozen=True)
@@ -181,12 +231,21 @@ class AverageStep:
     all_finite: Array | None
     is_finite: bool
 
+    @property
+    def change(self) -> Change:
+        """The change that lets the average be what the step makes of it."""
+        return attributes(
+            self.average,
+            total=self.total,
+            weight=self.weight,
+            all_finite=self.all_finite,
+            num_updates=self.average.num_updates + 1,
+            _value=None,
+        )
+
     def take(self) -> None:
         """Let the average be what the step makes of it."""
-        average = self.average
-        average.total, average.weight, average.all_finite = self.total, self.weight, self.all_finite
-        average.num_updates += 1
-        average._value = None
+        make([self.change])
 
 
 @KernelOp

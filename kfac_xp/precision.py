@@ -104,12 +104,13 @@ def _held(
     setting: Callable[[Precision], AbstractContextManager[object]], precision: Precision
 ) -> Iterator[None]:
     """The library's setting, and the choice that nested calls then follow."""
-    token = _chosen.set(precision)
+    before = _chosen.get()
     try:
+        _chosen.set(precision)
         with setting(precision):
             yield
     finally:
-        _chosen.reset(token)
+        _chosen.set(before)
 
 
 def _of_jax(precision: Precision) -> AbstractContextManager[object]:
@@ -131,8 +132,8 @@ def _of_torch(precision: Precision) -> Iterator[None]:
     if before == wanted:
         yield
         return
-    setattr(matmul, name, wanted)
     try:
+        setattr(matmul, name, wanted)
         yield
     finally:
         setattr(matmul, name, before)
@@ -155,8 +156,8 @@ def _of_cupy(precision: Precision) -> Iterator[None]:
     if before == wanted:
         yield
         return
-    core.set_compute_type(np.float32, wanted)
     try:
+        core.set_compute_type(np.float32, wanted)
         yield
     finally:
         core.set_compute_type(np.float32, before)

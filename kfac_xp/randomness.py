@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from kfac_xp.backend import array_namespace, device_of
+from kfac_xp.changes import Change, draws_from
+from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array
 
 
@@ -120,6 +122,39 @@ def subset(generator: Generator, total: int, number: int, like: Array) -> Array:
         order = np.argsort(source.random(total), kind="stable")[:number]
         return xp.asarray(order, device=device_of(like))
     return xp.argsort(source.uniform((total,)))[:number]
+
+
+def saved_draws(generator: np.random.Generator, saved: Saved) -> Change:
+    """The change after which a generator goes on where one did whose state was saved.
+
+    Raises
+    ------
+    StateError
+        If it is the state of another kind of generator.
+    """
+    state = _like(generator.bit_generator.state, saved)
+    try:
+        type(generator.bit_generator)().state = state
+    except (ValueError, TypeError, OverflowError) as error:
+        raise StateError(f"the saved {saved.key('state')!r} is no state: {error}") from error
+    return draws_from(generator, state)
+
+
+def _like(template: Mapping[str, Any], saved: Saved) -> dict[str, Any]:
+    """A saved state in the types of that of a ``bit_generator``."""
+    saved.require(template)
+    state: dict[str, Any] = {}
+    for key, value in template.items():
+        if isinstance(value, dict):
+            state[key] = _like(value, saved.part(key))
+        elif isinstance(value, str):
+            saved.require_word(key, value, "Use a generator of the same kind.")
+            state[key] = value
+        elif isinstance(value, np.ndarray):
+            state[key] = np.array(saved.array(key, value))
+        else:
+            state[key] = saved.integer(key)
+    return state
 
 
 def _moved(draws: np.ndarray, like: Array) -> Array:

@@ -107,6 +107,13 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="write the support table of docs/support.md, from the tests that pass",
     )
+    parser.addoption(
+        "--damaged-files",
+        metavar="NUMBER",
+        type=int,
+        default=1000,
+        help="how many damaged files of states are loaded; in continuous integration 10000",
+    )
 
 
 def pytest_configure(config):

@@ -285,7 +285,7 @@ class TestState:
         wider = template(np, {**SIZES, "second": (4, 2, False)})
         for powers in (True, False):
             other = kfac_xp.BlockTridiagonalChain(wider, 1.0)
-            with pytest.raises(ValueError, match="belongs to another"):
+            with pytest.raises(kfac_xp.StateError, match="belongs to another"):
                 other.load_state_dict(made.state_dict(powers=powers))
 
 

@@ -5,8 +5,10 @@ import pytest
 
 import kfac_xp
 from kfac_xp import averages, iterations, linalg
+from kfac_xp.changes import make
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations import DampingKey, Dense, Request, ladder, refresh, solvers
+from kfac_xp.state import Saved
 from tests.cases import assert_close, to_numpy
 
 DAMPING = 0.1
@@ -314,7 +316,7 @@ def test_rungs_of_states_saved_before_there_were_warm_ones(rng):
     refresh_all((rep, average))
     state = rep.state_dict()
     assert state["decomposition"]["rung"] == 0
-    rep.load_state_dict(state, average.value)
+    make(rep.changes_to(Saved(state), average.value.shape, average.value))
     assert rep.decomposition.rung == "direct"
 
 

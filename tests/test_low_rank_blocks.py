@@ -205,7 +205,7 @@ class TestBlocks:
 
     def test_another_rank_is_another_state(self, rng):
         saved = updated_dense(rng, rank=2).state_dict()
-        with pytest.raises(ValueError, match=r"shape \(6, 3\), this one \(6, 5\)"):
+        with pytest.raises(ValueError, match=r"shape \(6, 3\), and here it must have \(6, 5\)"):
             updated_dense(rng, rank=4).load_state_dict(saved)
 
     @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "3"])

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,20 +32,23 @@ class _Stack(threading.local):
 _stack = _Stack()
 
 
-@contextmanager
-def frame() -> Iterator[None]:
+class frame:  # noqa: N801 - used as a function is
     """Arrays made by `empty` and `zeros` inside are given up at the end of the block.
 
-    Frames nest. Nothing that is made in a frame may leave the outermost one.
+    Frames nest. Nothing that is made in a frame may leave the outermost one. A frame puts back what
+    it found, so that one that an interrupt keeps from ending is ended by the next one around it.
+    (It is not made of a generator, which would end when it is dropped: later, and within others.)
     """
-    used = _stack.used
-    _stack.depth += 1
-    try:
-        yield
-    finally:
-        _stack.used = used
-        _stack.depth -= 1
-        if _stack.depth == 0:
+
+    __slots__ = ("depth", "used")
+
+    def __enter__(self) -> None:
+        self.used, self.depth = _stack.used, _stack.depth
+        _stack.depth = self.depth + 1
+
+    def __exit__(self, *error: object) -> None:
+        _stack.used, _stack.depth = self.used, self.depth
+        if self.depth == 0:
             size = min(_stack.wanted, LIMIT)
             if size > _stack.buffer.size:
                 _stack.buffer = np.empty(size, dtype=np.uint8)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kfac_xp import linalg
-from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
+from kfac_xp.backend import array_namespace, as_scalar_like, cast
 from kfac_xp.batches import require_same_place
 from kfac_xp.block_tridiagonal.links import (
     Coupling,
@@ -18,6 +18,7 @@ from kfac_xp.block_tridiagonal.links import (
     solve_chain,
 )
 from kfac_xp.block_tridiagonal.statistics import ChainStatistics
+from kfac_xp.changes import attributes, make
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import (
     as_arrays,
@@ -28,7 +29,7 @@ from kfac_xp.params import (
 )
 from kfac_xp.precision import exact_products
 from kfac_xp.representations import DampingKey
-from kfac_xp.state import to_numpy
+from kfac_xp.state import Saved, StateError, to_numpy
 from kfac_xp.typing import Array, Damping, Params, PiType, Vectors
 
 RUNGS = ("direct", "float64")
@@ -154,10 +155,9 @@ class BlockTridiagonalChain(ChainStatistics):
                 links, couplings, checks = decompose(moments, damping, self.options.pi_type, dtype)
             residual, gap, passes = self._read(checks)
             if passes:
-                self._powers = _cast_all(links, couplings, self._like.dtype)
-                self._decomposition = ChainDecomposition(
-                    rung, residual, gap, self._average.num_updates
-                )
+                powers = _cast_all(links, couplings, self._like.dtype)
+                how = ChainDecomposition(rung, residual, gap, self._average.num_updates)
+                make([attributes(self, _powers=powers, _decomposition=how)])
                 return
         trouble = (
             f"a layer of {self.name} given its successor is singular at its damping: the residual "
@@ -234,59 +234,50 @@ class BlockTridiagonalChain(ChainStatistics):
 
         Raises
         ------
-        ValueError
-            If it is the state of another chain.
+        StateError
+            If it is the state of another chain, naming the key. Nothing is changed.
         """
-        saved_order = sorted(state["layers"], key=lambda layer: int(state["layers"][layer]))
+        saved = Saved(state)
+        saved.require(("layers", "average"), optional=("powers",))
+        order = saved.part("layers")
+        order.require(self.shapes)
+        saved_order = sorted(order, key=order.count)
         if saved_order != list(self.shapes):
-            raise ValueError(
-                f"the saved state is of a chain of the layers {saved_order}; this chain's are "
+            raise StateError(
+                f"the saved 'layers' are a chain in the order {saved_order}; this chain's is "
                 f"{list(self.shapes)}."
             )
         powers, decomposition = None, None
-        if "powers" in state:
-            powers = self._saved_powers(state["powers"])
-            saved = state["powers"]["decomposition"]
-            decomposition = ChainDecomposition(
-                RUNGS[int(saved["rung"])],
-                float(saved["residual"]),
-                float(saved["gap"]),
-                int(saved["num_updates"]),
-            )
-        self._average.load_state_dict(state["average"])
-        self._powers, self._decomposition = powers, decomposition
+        if "powers" in saved:
+            part = saved.part("powers")
+            # A single layer has no couplings.
+            part.require(("links", "decomposition"), optional=("couplings",))
+            powers = self._saved_powers(part.part("links"), part.part("couplings"))
+            decomposition = _saved_decomposition(part.part("decomposition"))
+        own = attributes(self, _powers=powers, _decomposition=decomposition)
+        make([*self._average.changes_to(saved.part("average")), own])
 
     # ------------------------------------------------------------------ helpers
 
-    def _saved_powers(self, saved: Mapping[str, Any]) -> tuple[list[Link], list[Coupling]]:
-        links, couplings = [], []
-        for layer, ((n, _), (m, _), *following) in zip(
-            self.shapes, self._moment_shapes(), strict=True
-        ):
+    def _saved_powers(self, links: Saved, couplings: Saved) -> tuple[list[Link], list[Coupling]]:
+        layers = list(self.shapes)
+        links.require(layers)
+        couplings.require(layers[:-1])
+        made: tuple[list[Link], list[Coupling]] = [], []
+        for layer, ((n, _), (m, _), *following) in zip(layers, self._moment_shapes(), strict=True):
             shapes = [(n, n), (m, m), (n, n), (m, m), (n, m)]
-            links.append(Link(*self._loaded(layer, saved["links"][layer], Link._fields, shapes)))
+            made[0].append(Link(*self._loaded(links.part(layer), Link._fields, shapes)))
             if following:
-                parts = saved["couplings"].get(layer, {})
-                coupling = self._loaded(layer, parts, Coupling._fields, following)
-                couplings.append(Coupling(*coupling))
-        return links, couplings
+                part = couplings.part(layer)
+                made[1].append(Coupling(*self._loaded(part, Coupling._fields, following)))
+        return made
 
     def _loaded(
-        self,
-        layer: str,
-        saved: Mapping[str, Array],
-        names: Sequence[str],
-        shapes: Sequence[tuple[int, int]],
+        self, saved: Saved, names: Sequence[str], shapes: Sequence[tuple[int, int]]
     ) -> list[Array]:
-        given = {name: tuple(a.shape) for name, a in saved.items()}
-        wanted = dict(zip(names, shapes, strict=True))
-        if given != wanted:
-            raise ValueError(
-                f"the saved state of layer {layer!r} has shapes {given}, this chain's are "
-                f"{wanted}: it belongs to another chain."
-            )
-        xp, place = array_namespace(self._like), device_of(self._like)
-        return [xp.asarray(saved[name], dtype=self._like.dtype, device=place) for name in names]
+        saved.require(names)
+        pairs = zip(names, shapes, strict=True)
+        return [saved.array(name, self._like, shape) for name, shape in pairs]
 
     def _require_powers(self) -> tuple[list[Link], list[Coupling]]:
         if self._powers is None:
@@ -336,6 +327,15 @@ class BlockTridiagonalChain(ChainStatistics):
         residuals, gaps = values[0::2], values[1::2]
         passes = bool((gaps > 0).all() and (residuals <= MAX_RESIDUAL * gaps).all())
         return float(residuals.max()), float(gaps.min()), passes
+
+
+def _saved_decomposition(saved: Saved) -> ChainDecomposition:
+    saved.require(("rung", "residual", "gap", "num_updates"))
+    rung = saved.count("rung")
+    if rung >= len(RUNGS):
+        raise StateError(f"the saved {saved.key('rung')!r} must be that of one of {RUNGS}.")
+    residual, gap = saved.number("residual"), saved.number("gap")
+    return ChainDecomposition(RUNGS[rung], residual, gap, saved.count("num_updates"))
 
 
 def _cast_all(

@@ -149,6 +149,10 @@ class TridiagonalForm(Dense):
             checks.append(without_residual(stored))
         return Attempt(prepared.rung, arrays, checks, prepared.jitter)
 
+    def _stored_shape(self, request: Request, n: int) -> tuple[int, ...]:
+        """All links and couplings in one vector."""
+        return (num_entries(self._link_shapes),)
+
     @property
     def _value_shapes(self) -> list[Shape]:
         inputs, outputs = ([size[side] for size in self.sizes] for side in (0, 1))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from kfac_xp.averages import NonFiniteStatisticsError
 from kfac_xp.backend import detached
+from kfac_xp.changes import Change, Rollback, attributes, make
 from kfac_xp.distributed import Communicator, Placement, PlacementStrategy, Shares, Team
 from kfac_xp.estimator.modes import ESTIMATION_MODES, Source, mode_cotangents
 from kfac_xp.estimator.products import BlockwiseProducts
@@ -31,10 +33,11 @@ from kfac_xp.linearized_batch import LinearizedBatch
 from kfac_xp.params import map_vectors
 from kfac_xp.randomness import Generator, as_generator, for_cases
 from kfac_xp.representations import require_damping
+from kfac_xp.state import Saveable, Saved
 from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar
 
 
-class FisherEstimator(BlockwiseProducts):
+class FisherEstimator(Saveable, BlockwiseProducts):
     """Statistics of the layers of a collection and products with the approximate Fisher.
 
     Parameters
@@ -321,8 +324,25 @@ class FisherEstimator(BlockwiseProducts):
 
         Sources are consumed one at a time, and every factor takes one step of its average after
         the last. `shares` are the cases of all ranks, asked for if None; `batch_size` is what
-        `params_stats` are divided by. The moments of the inputs travel while sources are made.
+        `params_stats` are divided by. The moments of the inputs travel while sources are made. If
+        that is broken off, everything is as before.
         """
+        rollback = self.rollback()
+        try:
+            self._average_sources(inputs, sources, shares, ema_decay, ema_weight, batch_size)
+        except BaseException:
+            rollback.undo()
+            raise
+
+    def _average_sources(
+        self,
+        inputs: Mapping[str, list[Array]],
+        sources: Iterable[Source],
+        shares: Shares | None,
+        ema_decay: Scalar | None,
+        ema_weight: Scalar | None,
+        batch_size: float | None,
+    ) -> None:
         team = self.team
         with team.agreement() as said:
             said.say(self.num_cases(inputs))
@@ -379,58 +399,78 @@ class FisherEstimator(BlockwiseProducts):
         FloatingPointError
             If statistics on a device were not finite since the last call, naming the factors.
         """
-        self._work.update_inverses()
+        rollback = self.rollback()
+        try:
+            self._work.update_inverses()
+        except BaseException as error:
+            rollback.undo()
+            if isinstance(error, NonFiniteStatisticsError):
+                error.forget()
+            raise
 
     # ------------------------------------------------------------------ state
 
-    @contextmanager
-    def unchanged_on_error(self) -> Iterator[None]:
+    def unchanged_on_error(self) -> AbstractContextManager[None]:
         """Put every factor, block and counter back if the body of the ``with`` raises.
 
         A report that statistics were not finite stays made, so that the next try starts anew.
         """
-        restores = [factor.snapshot() for factor in self.factors]
-        restores += [block.snapshot() for block in self._blocks.values()]
-        own = self.num_cov_updates, self._params_stats
-        try:
-            yield
-        except BaseException:
-            for restore in restores:
-                restore()
-            self.num_cov_updates, self._params_stats = own
-            raise
+        return _UnchangedOnError(self)
+
+    def rollback(self, *more: Change) -> Rollback:
+        """What the estimator is now, with `more` changes to undo: see `Rollback`."""
+        counted, stats = self.num_cov_updates, self._params_stats
+        own = attributes(self, num_cov_updates=counted, _params_stats=stats)
+        return self.layers.rollback(own, *more)
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
-        """Statistics and, unless `powers` is False, the stored powers (stale as they are).
+        """Everything that continuing needs: seed, counter, statistics and powers.
+
+        The powers are stale as they are; with `powers` False they are left out, and continuing
+        begins with `update_inverses`. `params_stats` are those of the last update, and not kept.
 
         With several ranks, all must ask, and all get the same: what any number of ranks, or a
         process on its own, can continue from.
         """
-        factors = {f.name: f.state_dict(powers=powers) for f in self.factors}
+        layers = self.layers.state_dict(powers=powers)
         for factor, state in (self._work.powers_of_all() if powers else {}).items():
-            own = factors[factor.name].get("powers", {})
-            factors[factor.name]["powers"] = own | state
+            own = layers["factors"][factor.name]
+            own["powers"] = own.get("powers", {}) | state
         return {
+            "estimation_mode": self.estimation_mode,
+            "seed": self.seed,
             "num_cov_updates": self.num_cov_updates,
-            "factors": factors,
-            "blocks": {name: block.own_state_dict() for name, block in self._blocks.items()},
+            "layers": layers,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, flattened through a file or not."""
-        names = {f.name for f in self.factors}
-        unknown = set(state.get("factors", {})) - names
-        if unknown:
-            raise ValueError(
-                f"the saved state has factors {sorted(unknown)} that this estimator lacks; it has "
-                f"{sorted(names)}. Register the same layers with the same approximations."
-            )
-        for factor in self.factors:
-            factor.load_state_dict(state.get("factors", {}).get(factor.name, {}))
-        for name, block in self._blocks.items():
-            block.load_own_state_dict(state.get("blocks", {}).get(name, {}))
-        self.num_cov_updates = int(state["num_cov_updates"])
+        """Continue from `state_dict`, flattened through a file or not. The seed is taken over.
+
+        Raises
+        ------
+        StateError
+            If it is the state of other layers, approximations or another mode, naming the key.
+            Nothing is changed.
+        """
+        make(self.changes_to(Saved(state)))
+        self.forget_foreign()
+
+    def forget_foreign(self) -> None:
+        """After loading, on several ranks: let go of the powers that other ranks keep."""
         self._work.forget_foreign()
+
+    def changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which the estimator continues from a saved state, which is checked."""
+        saved.require(("estimation_mode", "seed", "num_cov_updates", "layers"))
+        way_out = "Use that mode, or load the part 'layers' into `layers` alone."
+        saved.require_word("estimation_mode", self.estimation_mode, way_out)
+        own = attributes(
+            self,
+            seed=saved.count("seed"),
+            num_cov_updates=saved.count("num_cov_updates"),
+            _params_stats=None,
+        )
+        return [*self.layers.changes_to(saved.part("layers")), own]
 
     # ------------------------------------------------------------------ helpers
 
@@ -450,3 +490,19 @@ class FisherEstimator(BlockwiseProducts):
                 f"towers must have the same number of cases; got {first}. Use towers of one size, "
                 "or LayerCollection(tower_strategy='concat')."
             )
+
+
+class _UnchangedOnError(AbstractContextManager[None]):
+    """See `FisherEstimator.unchanged_on_error`.
+
+    Not made of a generator: one that is dropped before its end would roll back when it is.
+    """
+
+    def __init__(self, estimator: FisherEstimator) -> None:
+        self._rollback = estimator.rollback()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._rollback.undo()
+        if isinstance(error, NonFiniteStatisticsError):
+            error.forget()

@@ -148,7 +148,7 @@ class SharedWork:
                 state["stored"] = received[factor]
             if owners[factor] == self._team.rank:
                 state = factor.powers.state_dict() | state
-            factor.powers.load_state_dict(state, factor.like)
+            factor.load_powers(state)
         with self._team.agreement():
             follow(factors)
 
@@ -258,7 +258,7 @@ class SharedWork:
                 state.pop("stored", None)
             if self._owners[factor] != self._team.rank:
                 state.pop("basis", None)
-            factor.powers.load_state_dict(state, factor.like)
+            factor.load_powers(state)
 
 
 def _is_divided(factor: FisherFactor) -> bool:
@@ -293,9 +293,9 @@ def _parcel(factor: FisherFactor) -> Parcel:
     state = factor.powers.state_dict()
     powers = factor.powers
     assert isinstance(powers, Dense)
-    requests = list(powers.cache.requests)
+    requests = powers.cache.named
     forms = {
-        key: Form.of(array, powers.stored_triangles(requests[int(key)]))
+        key: Form.of(array, powers.stored_triangles(requests[key]))
         for key, array in state.get("stored", {}).items()
     }
     return Parcel(forms, {k: v for k, v in state.items() if k not in ("stored", "basis")})

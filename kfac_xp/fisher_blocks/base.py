@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from kfac_xp.changes import Change, attributes, make
 from kfac_xp.fisher_blocks.matrices import HasMatrix
 from kfac_xp.fisher_factors import FisherFactor, refresh_factors
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import IndexedSlices, require_like
 from kfac_xp.representations import read_damping
+from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Damping, Params, Scalar
 
 
@@ -188,35 +190,45 @@ class FisherBlock(HasMatrix):
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
         """State of the factors by role, and of the block itself."""
         factors = {r: f.state_dict(powers=powers) for r, f in self._require_factors().items()}
-        return {"factors": factors, **self.own_state_dict()}
+        return {"factors": factors, "block": self.own_state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        for role, factor in self._require_factors().items():
-            factor.load_state_dict(state["factors"].get(role, {}))
-        self.load_own_state_dict(state)
+        """Continue from `state_dict`.
+
+        Raises
+        ------
+        StateError
+            If it is not the state of such a block, naming the key. Nothing is changed.
+        """
+        saved, factors = Saved(state), self._require_factors()
+        saved.require(("factors", "block"))
+        changes = [
+            change
+            for role, part in saved.part("factors").parts(factors)
+            for change in factors[role].changes_to(part)
+        ]
+        make(changes + self.own_changes_to(saved.part("block")))
 
     def own_state_dict(self) -> dict[str, Any]:
-        """What the block keeps besides its factors."""
+        """What the block keeps besides its factors, which blocks may share."""
+        fixed = {key: getattr(self, own) for key, own in self._fixed_by_first_batch().items()}
+        known = {key: count for key, count in fixed.items() if count is not None}
+        return {"kind": type(self).__name__, **known}
+
+    def own_changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which the block continues from `own_state_dict`, which is checked."""
+        fixed = self._fixed_by_first_batch()
+        saved.require(("kind",), optional=fixed)
+        way_out = "Register the layer with the approximation of then."
+        saved.require_word("kind", type(self).__name__, way_out)
+        return [
+            attributes(self, **{own: saved.count(key) if key in saved else None})
+            for key, own in fixed.items()
+        ]
+
+    def _fixed_by_first_batch(self) -> dict[str, str]:
+        """Numbers by their names in saved states: the attributes, None before the first batch."""
         return {}
-
-    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `own_state_dict`."""
-
-    def snapshot(self) -> Callable[[], None]:
-        """A function that puts the block's own attributes back as they are now.
-
-        Factors, which blocks may share, have a `snapshot` of their own.
-        """
-        saved = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(self).items()}
-
-        def restore() -> None:
-            vars(self).clear()
-            vars(self).update(
-                {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in saved.items()}
-            )
-
-        return restore
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -302,12 +314,13 @@ def average_in(
     moments: Mapping[FisherFactor, Array], *, ema_decay: Scalar, ema_weight: Scalar | None
 ) -> None:
     """One step of every factor's average; none is taken if a moment is known not to be finite."""
-    steps = [
-        factor.average_step(moment, ema_decay=ema_decay, ema_weight=ema_weight)
-        for factor, moment in moments.items()
-    ]
-    for take in steps:
-        take()
+    make(
+        [
+            change
+            for factor, moment in moments.items()
+            for change in factor.average_step(moment, ema_decay=ema_decay, ema_weight=ema_weight)
+        ]
+    )
 
 
 def blocks_factors(blocks: Iterable[FisherBlock]) -> list[FisherFactor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from typing import Any
 
 from kfac_xp.batches import Placeholder
@@ -44,16 +43,8 @@ class SharedOverLocations(InputOutputMultiTower):
         if self._seen_num_locations is None:
             self._seen_num_locations = self._locations_of(inputs[0])
 
-    def own_state_dict(self) -> dict[str, Any]:
-        """The number of locations, once a batch was seen."""
-        seen = self._seen_num_locations
-        return super().own_state_dict() | ({} if seen is None else {"num_locations": seen})
-
-    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `own_state_dict`."""
-        super().load_own_state_dict(state)
-        if "num_locations" in state:
-            self._seen_num_locations = int(state["num_locations"])
+    def _fixed_by_first_batch(self) -> dict[str, str]:
+        return super()._fixed_by_first_batch() | {"num_locations": "_seen_num_locations"}
 
     @property
     @abc.abstractmethod

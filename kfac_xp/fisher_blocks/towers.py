@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from kfac_xp.backend import array_namespace
@@ -288,16 +288,8 @@ class InputOutputMultiTowerMultiUse(InputOutputMultiTower):
         if self._seen_num_uses is None:
             self._seen_num_uses = self._shape("inputs", inputs[0])[0]
 
-    def own_state_dict(self) -> dict[str, Any]:
-        """The number of uses, once a batch was seen."""
-        seen = self._seen_num_uses
-        return super().own_state_dict() | ({} if seen is None else {"num_uses": seen})
-
-    def load_own_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `own_state_dict`."""
-        super().load_own_state_dict(state)
-        if "num_uses" in state:
-            self._seen_num_uses = int(state["num_uses"])
+    def _fixed_by_first_batch(self) -> dict[str, str]:
+        return super()._fixed_by_first_batch() | {"num_uses": "_seen_num_uses"}
 
     def num_cases(self, inputs: list[Any]) -> list[int]:
         """Number of cases of each tower."""

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from kfac_xp.averages import MovingAverage
+from kfac_xp.averages import MovingAverage, NonFiniteStatisticsError
 from kfac_xp.backend import array_namespace, cast, detached, device_of, statistics_dtype
 from kfac_xp.batches import (
     Bound,
@@ -18,6 +18,7 @@ from kfac_xp.batches import (
     require_same_place,
     require_shape,
 )
+from kfac_xp.changes import Change, Rollback, attributes, make
 from kfac_xp.fisher_factors.matrix_functions import MatrixFunctions
 from kfac_xp.moments import Moment
 from kfac_xp.operators import LinearOperator
@@ -27,6 +28,7 @@ from kfac_xp.representations import (
     Representation,
     refresh,
 )
+from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Scalar, Triangles
 
 _counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -128,12 +130,12 @@ class FisherFactor(MatrixFunctions):
         self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
     ) -> None:
         """Take one step of the moving average towards `new_cov`."""
-        self.average_step(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)()
+        make(self.average_step(new_cov, ema_decay=ema_decay, ema_weight=ema_weight))
 
     def average_step(
         self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
-    ) -> Callable[[], None]:
-        """Compute a step of the moving average towards `new_cov`: call the result to take it.
+    ) -> list[Change]:
+        """Compute a step of the moving average towards `new_cov`: the changes that take it.
 
         Raises
         ------
@@ -149,11 +151,7 @@ class FisherFactor(MatrixFunctions):
                 "overflow when squared. The average is unchanged."
             )
 
-        def take() -> None:
-            self._average = average
-            step.take()
-
-        return take
+        return [attributes(self, _average=average), step.change]
 
     @property
     def cov(self) -> Array:
@@ -278,39 +276,62 @@ class FisherFactor(MatrixFunctions):
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
         """The average and, unless `powers` is False, the stored powers (stale as they are)."""
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = dict(self._kind)
         if self._average is not None:
             state["average"] = self._average.state_dict()
-        if powers and self._powers.stored():
-            state["powers"] = self._powers.state_dict()
+        if powers and (kept := self._powers.state_dict()):
+            state["powers"] = kept
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; powers that it leaves out need an `update_inverses`."""
-        if "average" in state:
-            self.instantiate_cov_variables()
-            self._require_average().load_state_dict(state["average"])
-        self._powers.load_state_dict(state.get("powers", {}), self._like)
+        """Continue from `state_dict`; powers that it leaves out need an `update_inverses`.
 
-    def snapshot(self) -> Callable[[], None]:
-        """A function that puts everything back as it is now.
+        Raises
+        ------
+        StateError
+            If it is not the state of such a factor, naming the key. Nothing is changed.
+        """
+        make(self.changes_to(Saved(state)))
 
-        Arrays are never written in place, so references to them suffice. Only a report that
-        statistics were not finite, made in between, stays made: its flag is not raised again.
+    def changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which the factor continues from a saved state, which is checked."""
+        needed, optional = self._own_parts
+        saved.require((*self._kind, *needed), optional=("average", "powers", *optional))
+        for key, word in self._kind.items():
+            saved.require_word(key, word, "Register the layer as it was registered then.")
+        average, like = None, self._new_average()
+        if "average" in saved:
+            make(like.changes_to(saved.part("average")))
+            average = like
+        shape = tuple(like.total.shape)
+        return [
+            attributes(self, _average=average),
+            *self._powers.changes_to(saved.part("powers"), shape, self._like),
+        ]
+
+    def load_powers(self, state: Mapping[str, Any]) -> None:
+        """Serve what the state of powers holds, as `powers.state_dict` has it."""
+        make(self._powers.changes_to(Saved(state), tuple(self.moment.shape), self._like))
+
+    def holders(self) -> list[object]:
+        """The objects whose attributes change, for a `Rollback`.
+
+        Arrays are never written in place, so references to them suffice.
         """
         average = [] if self._average is None else [self._average]
-        holders = [self, *average, *self._powers.holders()]
-        saved = [(holder, _shallow_copy(vars(holder))) for holder in holders]
+        return [self, *average, *self._powers.holders()]
 
-        def restore() -> None:
-            for holder, attributes in saved:
-                reported = isinstance(holder, MovingAverage) and holder.all_finite is None
-                vars(holder).clear()
-                vars(holder).update(_shallow_copy(attributes))
-                if reported:
-                    vars(holder)["all_finite"] = None
+    @property
+    def _kind(self) -> dict[str, str]:
+        """What a saved state must agree in, besides shapes and dtypes."""
+        geometry = getattr(self.moment, "geometry", None)
+        kind = {"kind": type(self).__name__}
+        return kind if geometry is None else kind | {"geometry": repr(geometry)}
 
-        return restore
+    @property
+    def _own_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Further keys of the states of a subclass: those that must be there, and others."""
+        return (), ()
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -389,16 +410,21 @@ class FisherFactor(MatrixFunctions):
         return f"<{self.name}: {type(self).__name__} of shape {list(self.moment.shape)}>"
 
 
-def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes, with containers that are changed in place copied."""
-    return {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in attributes.items()}
-
-
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:
-    """`update_inverses` of all factors, with one look at the device for all of them."""
+    """`update_inverses` of all factors, with one look at the device for all of them.
+
+    All factors are refreshed, or if that raises none is.
+    """
     factors = list(factors)
-    refresh_powers(factors)
-    follow(factors)
+    rollback = Rollback(holder for factor in factors for holder in factor.holders())
+    try:
+        refresh_powers(factors)
+        follow(factors)
+    except BaseException as error:
+        rollback.undo()
+        if isinstance(error, NonFiniteStatisticsError):
+            error.forget()
+        raise
 
 
 def refresh_powers(

@@ -10,6 +10,7 @@ import numpy as np
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.batches import as_sources, as_towers, bind, example_of, require_same_place
+from kfac_xp.changes import Change
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import require_as_many_towers, towers_of
 from kfac_xp.geometry import ConvGeometry, Padding, require_channels_last
@@ -19,7 +20,8 @@ from kfac_xp.moments import (
     ConvOutputMoment,
 )
 from kfac_xp.options import FactorOptions
-from kfac_xp.randomness import Generator, as_generator, subset
+from kfac_xp.randomness import Generator, as_generator, saved_draws, subset
+from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Sources, Towers
 
 
@@ -116,6 +118,31 @@ class ConvInputKroneckerFactor(InverseProvidingFactor):
         super().__init__(moment, data, all_options, name)
         self.patch_mask = checked_mask(patch_mask, (*kernel, c_in), self._like)
         self.generator = generator
+
+    def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
+        """As ever, and of a NumPy generator that subsamples where its draws go on."""
+        state = super().state_dict(powers=powers)
+        if self._draws:
+            state["generator"] = self._draws[0].bit_generator.state
+        return state
+
+    def changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which the factor continues from a saved state, which is checked."""
+        changes = super().changes_to(saved)
+        return [*changes, *(saved_draws(g, saved.part("generator")) for g in self._draws)]
+
+    def holders(self) -> list[object]:
+        """As ever, and a NumPy generator that subsamples."""
+        return [*super().holders(), *self._draws]
+
+    @property
+    def _draws(self) -> list[np.random.Generator]:
+        """The generator, if it has a state of its own: not a seed."""
+        return [self.generator] if isinstance(self.generator, np.random.Generator) else []
+
+    @property
+    def _own_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (("generator",) if self._draws else ()), ()
 
     def _sources(self, *, inputs: Towers) -> Iterator[list[tuple[Any, ...]]]:
         xs = towers_of("inputs", inputs)

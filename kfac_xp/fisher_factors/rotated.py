@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from kfac_xp.averages import is_finite
-from kfac_xp.backend import array_namespace, as_scalar_like, device_of
+from kfac_xp.backend import array_namespace, as_scalar_like
+from kfac_xp.changes import Change, attributes
 from kfac_xp.fisher_factors.base import FisherFactor
 from kfac_xp.fisher_factors.convolution import ConvDiagonalFactor
 from kfac_xp.fisher_factors.forms import DiagonalFactor, InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import FullyConnectedDiagonalFactor
 from kfac_xp.grouped_moments import GroupedConvRotatedMoment
 from kfac_xp.precision import exact_products
+from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Damping
 
 
@@ -37,6 +39,11 @@ class Side(NamedTuple):
         return self.factor.cov, None
 
     @property
+    def has_vectors(self) -> bool:
+        """Whether eigenvectors are stored."""
+        return isinstance(self.factor, InverseProvidingFactor)
+
+    @property
     def factors(self) -> tuple[FisherFactor, ...]:
         """The factor."""
         return (self.factor,)
@@ -57,6 +64,11 @@ class SideOfGroups(NamedTuple):
         values, vectors = zip(*(side.eigenbasis() for side in self.groups), strict=True)
         xp = array_namespace(*values)
         return xp.stack(values), xp.stack(vectors)
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether eigenvectors are stored: they are stacked."""
+        return True
 
     @property
     def factors(self) -> tuple[FisherFactor, ...]:
@@ -150,17 +162,24 @@ class RotatedDiagonalFactor(DiagonalFactor):
             state["basis"] = vectors | {"updates": self._basis_updates}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        super().load_state_dict(state)
-        if "basis" not in state:
-            self._basis = None
-            return
-        xp, saved = array_namespace(self._like), state["basis"]
-        place = {"dtype": self._like.dtype, "device": device_of(self._like)}
-        u_in = xp.asarray(saved["input"], **place) if "input" in saved else None
-        u_out = xp.asarray(saved["output"], **place)
-        self._basis, self._basis_updates = (u_in, u_out), int(saved["updates"])
+    def changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which the factor continues from a saved state, which is checked."""
+        changes = super().changes_to(saved)
+        if "basis" not in saved:
+            return [*changes, attributes(self, _basis=None, _basis_updates=0)]
+        part, basis = saved.part("basis"), []
+        shapes = {"input": (-2, self._sides[0]), "output": (-1, self._sides[1])}
+        vectors = [key for key, (_, side) in shapes.items() if side.has_vectors]
+        part.require((*vectors, "updates"))
+        for key, (axis, _) in shapes.items():
+            n, groups = self.moment.shape[axis], self.moment.shape[:-2]
+            basis.append(part.array(key, self._like, (*groups, n, n)) if key in vectors else None)
+        updates = part.count("updates")
+        return [*changes, attributes(self, _basis=tuple(basis), _basis_updates=updates)]
+
+    @property
+    def _own_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), ("basis",)
 
     @property
     def followed(self) -> tuple[FisherFactor, ...]:

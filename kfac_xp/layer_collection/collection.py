@@ -8,16 +8,18 @@ from contextvars import ContextVar
 from typing import Any
 
 from kfac_xp.batches import Placeholder
+from kfac_xp.changes import Change, Rollback, make
 from kfac_xp.fisher_blocks import FisherBlock, blocks_factors
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection.chains import ChainRegistry
 from kfac_xp.layer_collection.losses import LossRegistry
 from kfac_xp.layer_collection.report import RegisteredLayer, RegistrationReport, make_report
 from kfac_xp.options import FactorOptions
+from kfac_xp.state import Saveable, Saved
 from kfac_xp.typing import Vectors
 
 
-class LayerCollection(ChainRegistry, LossRegistry):
+class LayerCollection(Saveable, ChainRegistry, LossRegistry):
     """The layers and losses of a model.
 
     Layers are registered by the names under which their parameters, inputs and gradients will be
@@ -123,6 +125,55 @@ class LayerCollection(ChainRegistry, LossRegistry):
         if not self._blocks:
             raise ValueError("the collection has no layers. Register them first.")
         self._finalized = True
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
+        """The states of all factors and blocks, by name.
+
+        Statistics and, unless `powers` is False, the stored powers (stale as they are).
+
+        Raises
+        ------
+        RuntimeError
+            Before the blocks have factors, which an estimator makes.
+        """
+        return {
+            "factors": {n: f.state_dict(powers=powers) for n, f in self._named_factors().items()},
+            "blocks": {name: block.own_state_dict() for name, block in self._blocks.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, flattened through a file or not.
+
+        Raises
+        ------
+        StateError
+            If it is the state of other layers or approximations, naming the key. Nothing is
+            changed.
+        """
+        make(self.changes_to(Saved(state)))
+
+    def changes_to(self, saved: Saved) -> list[Change]:
+        """The changes by which all factors and blocks continue from a saved state, checked."""
+        saved.require(("factors", "blocks"))
+        factors = self._named_factors()
+        changes = []
+        for name, part in saved.part("blocks").parts(self._blocks):  # they tell most
+            changes += self._blocks[name].own_changes_to(part)
+        for name, part in saved.part("factors").parts(factors):
+            changes += factors[name].changes_to(part)
+        return changes
+
+    def rollback(self, *more: Change) -> Rollback:
+        """What all factors and blocks are now, with `more` changes to undo: see `Rollback`."""
+        of_factors = [holder for factor in self.get_factors() for holder in factor.holders()]
+        return Rollback([*of_factors, *self._blocks.values()], *more)
+
+    def _named_factors(self) -> dict[str, FisherFactor]:
+        for block in self._blocks.values():
+            block._require_factors()
+        return {factor.name: factor for factor in self.get_factors()}
 
     @contextmanager
     def as_default(self) -> Iterator[LayerCollection]:

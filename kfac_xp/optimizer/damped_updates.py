@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
-from kfac_xp.optimizer.info import LossFn, PendingAdaptation, as_scalar, first_array
+from kfac_xp.optimizer.info import (
+    LossFn,
+    OptimizerState,
+    PendingAdaptation,
+    as_scalar,
+    first_array,
+)
 from kfac_xp.optimizer.quadratic_model import quadratic_model
 from kfac_xp.optimizer.readable import ReadableOptimizer
 from kfac_xp.optimizer.settings import at
@@ -115,26 +121,19 @@ class DampedUpdates(ReadableOptimizer):
             before, self._state.qmodel_change, data.loss_fn, data.sizes.batch.weight
         )
         if self.update_damping_immediately:
-            self._adapt_damping(pending, new_params)
+            self._state = self._with_adapted_damping(pending, new_params)
         else:
             self._state = replace(self._state, pending=pending)
 
-    def _adapt_damping(self, pending: PendingAdaptation, params: Vectors) -> None:
+    def _with_adapted_damping(self, pending: PendingAdaptation, params: Vectors) -> OptimizerState:
         like = pending.qmodel_change
         change = self._mean_loss(pending.loss_fn, params, pending.weight, like) - pending.loss
         damping, rho = self._adaptation(as_scalar(self.damping, like), change, like)
-        self._state = replace(self._state, damping=damping, rho=rho)
+        return replace(self._state, damping=damping, rho=rho)
 
-    def _mean_loss(
-        self, loss_fn: LossFn | None, params: Vectors, weight: float, like: Array
-    ) -> Array:
+    def _mean_loss(self, loss_fn: LossFn, params: Vectors, weight: float, like: Array) -> Array:
         """The mean loss over the cases of all ranks, of which this one has a part of `weight`."""
         team = self.estimator.team
         with team.agreement():
-            if loss_fn is None:
-                raise RuntimeError(
-                    "the loaded state waits for the loss of the batch before it was saved. Pass "
-                    "`loss_fn=` of that batch to `load_state_dict`."
-                )
             loss = as_scalar(loss_fn(params), like, "what `loss_fn` returns")
         return team.sums([loss], weight)[0]

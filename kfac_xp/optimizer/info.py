@@ -9,6 +9,7 @@ from typing import Any
 from kfac_xp.backend import array_namespace, detached, device_of
 from kfac_xp.linalg import has_float64
 from kfac_xp.params import as_arrays
+from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array, Params, Scalar, Vectors
 
 LossFn = Callable[[Vectors], Scalar]
@@ -69,14 +70,14 @@ class PendingAdaptation:
     qmodel_change
         The change that was predicted: 0-d.
     loss_fn
-        The loss of that step's batch; None after loading a state, until it is given again.
+        The loss of that step's batch.
     weight
         This rank's part of the cases of that batch.
     """
 
     loss: Array
     qmodel_change: Array
-    loss_fn: LossFn | None
+    loss_fn: LossFn
     weight: float = 1.0
 
 
@@ -100,15 +101,13 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and arrays for saving; the loss of a pending adaptation cannot be saved."""
-        state: dict[str, Any] = {
-            "counter": self.counter,
-            "num_burnin": self.num_burnin,
-            "velocity": {
+        state: dict[str, Any] = {"counter": self.counter, "num_burnin": self.num_burnin}
+        if self.velocity is not None:
+            state["velocity"] = {
                 name: {str(i): a for i, a in enumerate(as_arrays(v))}
-                for name, v in (self.velocity or {}).items()
-            },
-        }
-        for name in ("damping", "rho", "qmodel_change", "alpha", "mu"):
+                for name, v in self.velocity.items()
+            }
+        for name in _SCALARS:
             if getattr(self, name) is not None:
                 state[name] = getattr(self, name)
         if self.pending is not None:
@@ -117,35 +116,39 @@ class OptimizerState:
         return state
 
     @classmethod
-    def from_state_dict(
-        cls,
-        state: Mapping[str, Any],
-        params: Vectors,
-        loss_fn: LossFn | None,
-        weight: float = 1.0,
-    ) -> OptimizerState:
-        """Inverse of `state_dict`, on the library and device of `params`.
-
-        `loss_fn` and `weight` are of a pending adaptation.
-        """
-        like = first_array(params)
-        scalars = {
-            name: as_scalar(state[name], like)
-            for name in ("damping", "rho", "qmodel_change", "alpha", "mu")
-            if name in state
-        }
-        saved = state.get("velocity", {})
-        pending = None
-        if "pending" in state:
-            loss, change = (as_scalar(state["pending"][n], like) for n in ("loss", "qmodel_change"))
-            pending = PendingAdaptation(loss, change, loss_fn, weight)
-        return cls(
-            counter=int(state["counter"]),
-            num_burnin=int(state.get("num_burnin", 0)),
-            velocity={n: _restored(saved[n], p) for n, p in params.items()} if saved else None,
-            pending=pending,
-            **scalars,
+    def from_saved(cls, saved: Saved, params: Vectors, loss_fn: LossFn | None) -> OptimizerState:
+        """Inverse of `state_dict`, checked, on the library and device of `params`."""
+        saved.require(
+            ("momentum_type", "adapt_damping", "counter", "num_burnin", "estimator"),
+            optional=("velocity", "pending", *_SCALARS),
         )
+        like = as_scalar(0.0, first_array(params))
+        velocity = pending = None
+        if "velocity" in saved:
+            parts = saved.part("velocity").parts(params)
+            velocity = {name: _restored(part, params[name]) for name, part in parts}
+        if "pending" in saved:
+            if loss_fn is None:
+                raise StateError(
+                    f"the saved state has {saved.key('pending')!r}: it waits for the loss of the "
+                    "batch before it was saved. Pass `loss_fn=` of that batch, or leave the key "
+                    "out to do without that adaptation of the damping. "
+                    "(`maybe_pre_update_adapt_damping(params)` before saving avoids it.)"
+                )
+            part = saved.part("pending")
+            part.require(("loss", "qmodel_change"))
+            loss, change = (part.array(key, like) for key in ("loss", "qmodel_change"))
+            pending = PendingAdaptation(loss, change, loss_fn)
+        return cls(
+            counter=saved.count("counter"),
+            num_burnin=saved.count("num_burnin"),
+            velocity=velocity,
+            pending=pending,
+            **{name: saved.array(name, like) for name in _SCALARS if name in saved},
+        )
+
+
+_SCALARS = ("damping", "rho", "qmodel_change", "alpha", "mu")
 
 
 def first_array(vectors: Vectors) -> Array:
@@ -171,9 +174,8 @@ def as_scalar(x: Scalar, like: Array, name: str = "a scalar") -> Array:
     return array_namespace(like).asarray(value, dtype=scalar_dtype(like), device=device_of(like))
 
 
-def _restored(saved: Mapping[str, Any], like: Params) -> Params:
-    arrays = [
-        array_namespace(a).asarray(saved[str(i)], dtype=a.dtype, device=device_of(a))
-        for i, a in enumerate(as_arrays(like))
-    ]
+def _restored(saved: Saved, like: Params) -> Params:
+    likes = as_arrays(like)
+    saved.require([str(i) for i in range(len(likes))])
+    arrays = [saved.array(str(i), a) for i, a in enumerate(likes)]
     return tuple(arrays) if isinstance(like, (tuple, list)) else arrays[0]

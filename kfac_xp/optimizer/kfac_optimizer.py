@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
+from kfac_xp.averages import NonFiniteStatisticsError
+from kfac_xp.changes import Change, attributes, make
 from kfac_xp.damping import LevenbergMarquardt
 from kfac_xp.distributed import Communicator, PlacementStrategy
 from kfac_xp.estimator import FisherEstimator
@@ -32,10 +34,11 @@ from kfac_xp.optimizer.step_data import (
     start_mean_gradient,
 )
 from kfac_xp.randomness import Generator
+from kfac_xp.state import Saveable, Saved, StateError, save_state
 from kfac_xp.typing import Params, Scalar, Schedule, Vectors
 
 
-class KfacOptimizer(StepStages):
+class KfacOptimizer(Saveable, StepStages):
     """Stochastic gradient descent preconditioned by K-FAC.
 
     With g the gradient of the mean loss, P the inverse of the damped Fisher, v the velocity, and
@@ -50,7 +53,9 @@ class KfacOptimizer(StepStages):
 
         params = params - lr * (raw + weight_decay_coeff * params)    # the latter if switched on
 
-    A step that raises leaves the parameters, the optimizer and its statistics as they were.
+    A step that raises, or that is interrupted by ctrl-C, leaves the parameters, the optimizer and
+    its statistics as they were: `step` is done whole or not at all. `save` and `load` take
+    everything that continuing bit for bit needs through a file.
 
     Parameters
     ----------
@@ -277,7 +282,8 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             If another rank has raised. All ranks are as they were, then.
         """
         team = self.estimator.team
-        with self._unchanged_on_error():
+        rollback = self.estimator.rollback(attributes(self, _state=self._state))
+        try:
             with team.agreement() as said:
                 self._require_arguments(params, net, statistics, grads, loss_fn, curvature_net)
                 batch = None if net is None else LinearizedBatch(self.layers, net, targets)
@@ -312,6 +318,11 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             if team.is_alone:
                 data.require_finite()
             return self._updated(data)
+        except BaseException as error:
+            rollback.undo()  # by nothing that a second interrupt could stop half-way
+            if isinstance(error, NonFiniteStatisticsError):
+                error.forget()
+            raise
 
     def maybe_pre_update_adapt_damping(self, params: Vectors) -> None:
         """Adapt the damping to the effect of the last step, if that was put off until now.
@@ -322,21 +333,59 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         pending = self._state.pending
         if pending is None:
             return
-        with self._unchanged_on_error():
-            self._adapt_damping(pending, params)
-            self._state = replace(self._state, pending=None)
+        adapted = self._with_adapted_damping(pending, params)
+        self._state = replace(adapted, pending=None)
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
-        """Everything that continuing needs: counters, velocity, damping, statistics, powers.
+        """Everything that continuing bit for bit needs.
+
+        Counters, velocity, the adapted damping and what adapts it, seed, statistics, and powers
+        (stale as they are; with `powers` False they are left out, and the next step that needs
+        them must be one that updates inverses). Settings such as rates and periods are not part
+        of it.
+
+        With `update_damping_immediately` False the state may wait for the loss of the last batch,
+        a function, which cannot be saved: `load_state_dict` asks for it. Call
+        `maybe_pre_update_adapt_damping` with the parameters of now before, and the state waits for
+        nothing and goes on just the same.
 
         With several ranks, all must ask, and all get the same: one of them saves it, and any
         number of ranks can continue from it.
         """
-        return self._state.state_dict() | {"estimator": self.estimator.state_dict(powers=powers)}
+        settings = {"momentum_type": self.momentum_type, "adapt_damping": self.adapt_damping}
+        own = self._state.state_dict()
+        return settings | own | {"estimator": self.estimator.state_dict(powers=powers)}
 
-    def load_state_dict(
+    def save(self, path: str | PathLike[str], *, powers: bool = True) -> None:
+        """``save_state(path, self.state_dict(powers=powers))``: the file is whole or not there.
+
+        With several ranks, all must ask, and the first one writes.
+        """
+        state = self.state_dict(powers=powers)
+        if self.estimator.team.rank == 0:
+            save_state(path, state)
+
+    def load(
+        self,
+        path: str | PathLike[str],
+        params: Vectors,
+        *,
+        loss_fn: LossFn | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        """``load_state_dict(load_state(path), params, ...)``.
+
+        Raises
+        ------
+        StateError
+            If the file is damaged, or its state does not fit, naming the file and the key.
+            Nothing is changed.
+        """
+        super().load(path, params, loss_fn=loss_fn, batch_size=batch_size)
+
+    def load_state_dict(  # type: ignore[override]
         self,
         state: Mapping[str, Any],
         params: Vectors,
@@ -344,29 +393,52 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         loss_fn: LossFn | None = None,
         batch_size: int = 1,
     ) -> None:
-        """Continue from `state_dict`; `params` gives the form of the velocity.
+        """Continue from `state_dict`, flattened through a file or not. The seed is taken over.
 
-        `loss_fn` is that of the last step before saving, which a function cannot be saved with:
-        needed if the state waits to adapt the damping (`update_damping_immediately` is False). Of
-        several ranks each gives that of its own cases; `batch_size` is their number, needed if it
-        is not the same on all.
+        Parameters
+        ----------
+        state
+            What `state_dict` returned, or `load_state`.
+        params
+            The parameters to go on from, for the form of the velocity.
+        loss_fn
+            That of the last step before saving: needed if the state has ``"pending"``, and waits
+            to adapt the damping to the effect of that step. Of several ranks each gives that of
+            its own cases.
+        batch_size
+            The number of these, needed if it is not the same on all ranks.
+
+        Raises
+        ------
+        StateError
+            If it is the state of other layers, approximations or settings, naming the key, or
+            waits for a `loss_fn` that is not given. Nothing is changed.
         """
         require_layers("params", params, self.layers)
-        with self.estimator.unchanged_on_error():
-            self.estimator.load_state_dict(state["estimator"])
-            with self.estimator.team.agreement() as said:
-                said.say(batch_size)
+        with self.estimator.team.agreement() as said:
+            said.say(batch_size)
+            read, changes = self._read(Saved(state), params, loss_fn)
+        if read.pending is not None:
             weight = said.shares().weight
-            self._state = OptimizerState.from_state_dict(state, params, loss_fn, weight)
+            read = replace(read, pending=replace(read.pending, weight=weight))
+        make([*changes, attributes(self, _state=read)])
+        self.estimator.forget_foreign()
 
     # ------------------------------------------------------------------ helpers
 
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        before = self._state
-        try:
-            with self.estimator.unchanged_on_error():
-                yield
-        except BaseException:
-            self._state = before
-            raise
+    def _read(
+        self, saved: Saved, params: Vectors, loss_fn: LossFn | None
+    ) -> tuple[OptimizerState, list[Change]]:
+        """What a saved state, which is checked, makes of the optimizer, and of its estimator."""
+        way_out = (
+            "Make the optimizer with the settings of then, or load the part 'estimator' into "
+            "`optimizer.estimator` alone."
+        )
+        saved.require_word("momentum_type", self.momentum_type, way_out)
+        if saved.flag("adapt_damping") is not self.adapt_damping:
+            raise StateError(
+                f"the saved {saved.key('adapt_damping')!r} is {not self.adapt_damping}, and here "
+                f"it is {self.adapt_damping}. {way_out}"
+            )
+        read = OptimizerState.from_saved(saved, params, loss_fn)
+        return read, self.estimator.changes_to(saved.part("estimator"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from kfac_xp.changes import Change
 from kfac_xp.operators import LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.requests import Request
+from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Scalar, Triangles
 
 
@@ -75,5 +77,10 @@ class Representation(abc.ABC):
         """What is kept, for saving."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
-        """Continue from `state_dict`, with arrays like `like`."""
+    def changes_to(self, saved: Saved, shape: tuple[int, ...], like: Array) -> list[Change]:
+        """The changes by which it continues from a saved `state_dict`, which is checked.
+
+        `shape` is that of what the moving average keeps, and arrays are to be like `like`.
+        """
+        saved.require(())
+        return []

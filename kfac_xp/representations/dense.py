@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
+from kfac_xp.changes import Change, attributes
 from kfac_xp.operators import FullMatrix, LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.attempts import (
@@ -23,6 +24,7 @@ from kfac_xp.representations.attempts import (
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.requests import DampingKey, PowerCache, Request
 from kfac_xp.representations.solvers import Task
+from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array, Scalar, Triangles
 
 FUNCTIONS_OF_COV = ("matpower", "cholesky", "cholesky_inverse", "eigenbasis", "eigen")
@@ -121,30 +123,52 @@ class Dense(Representation):
 
     def state_dict(self) -> dict[str, Any]:
         """The matrix functions as last computed, by order of registration, and how."""
-        state: dict[str, Any] = {"stored": self.cache.state_dict()}
+        state: dict[str, Any] = {}
+        if self.cache.stored:
+            state["stored"] = self.cache.state_dict()
         if self.decomposition is not None:
             how = asdict(self.decomposition)
             state["decomposition"] = how | {"rung": RUNGS.index(self.decomposition.rung) - _DIRECT}
         if self.basis is not None:
             state["basis"] = self.basis
+        if self._eigen_wanted:
+            state["eigen_wanted"] = True
+        if self._eigen is not None:
+            values, vectors = self._eigen
+            state["eigen"] = {"values": values, "vectors": vectors}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
-        """Continue with saved matrix functions, or with none."""
-        self.cache.load_state_dict(state.get("stored", {}), like)
-        self.decomposition = self.basis = None
-        if "basis" in state:
-            xp, saved = array_namespace(like), state["basis"]
-            self.basis = xp.asarray(saved, dtype=like.dtype, device=device_of(like))
-        if "decomposition" in state:
-            how = state["decomposition"]
-            self.decomposition = Decomposition(
-                RUNGS[int(how["rung"]) + _DIRECT],
-                float(how["jitter"]),
-                float(how["residual"]),
-                float(how["condition"]),
-                int(how["num_updates"]),
-            )
+    def changes_to(self, saved: Saved, shape: tuple[int, ...], like: Array) -> list[Change]:
+        """The changes by which saved matrix functions are served, or none."""
+        saved.require((), optional=("stored", "decomposition", "basis", "eigen_wanted", "eigen"))
+        n = self._rows(shape)
+        basis = decomposition = eigen = None
+        if "basis" in saved:
+            basis = saved.array("basis", like, (n, n))
+        if "decomposition" in saved:
+            decomposition = _decomposition_of(saved.part("decomposition"))
+        if "eigen" in saved:
+            kept = saved.part("eigen")
+            kept.require(("values", "vectors"))
+            eigen = kept.array("values", like, (n,)), kept.array("vectors", like, (n, n))
+        return [
+            *self.cache.changes_to(saved.part("stored"), lambda r: self._stored_shape(r, n), like),
+            attributes(
+                self,
+                decomposition=decomposition,
+                basis=basis,
+                _eigen=eigen,
+                _eigen_wanted="eigen_wanted" in saved and saved.flag("eigen_wanted"),
+            ),
+        ]
+
+    def _rows(self, shape: tuple[int, ...]) -> int:
+        """Size of the covariance, of what the moving average keeps."""
+        return shape[0]
+
+    def _stored_shape(self, request: Request, n: int) -> tuple[int, ...]:
+        """Shape of what is stored for a function of a covariance of this size."""
+        return n + {"eigenbasis": 1, "eigen": 2}.get(request.kind, 0), n
 
     def eigendecomp(self, value: Array) -> tuple[Array, Array]:
         """Clipped eigenvalues and eigenvectors of the covariance, kept until the next refresh."""
@@ -309,6 +333,15 @@ class Dense(Representation):
             arrays[request] = linalg.inverse_lower(factor) if is_inverse else factor
             checks.append(without_residual(arrays[request]))
         return {r: arrays[r] for r in requests}, checks
+
+
+def _decomposition_of(saved: Saved) -> Decomposition:
+    saved.require(("rung", "jitter", "residual", "condition", "num_updates"))
+    rung = saved.integer("rung") + _DIRECT
+    if not 0 <= rung < len(RUNGS):
+        raise StateError(f"the saved {saved.key('rung')!r} must be that of one of {RUNGS}.")
+    jitter, residual, condition = map(saved.number, ("jitter", "residual", "condition"))
+    return Decomposition(RUNGS[rung], jitter, residual, condition, saved.count("num_updates"))
 
 
 def _with_rows(vectors: Array, values: Array, damping: Scalar) -> Array:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from kfac_xp import linalg
-from kfac_xp.averages import MovingAverage
+from kfac_xp.averages import MovingAverage, NonFiniteStatisticsError
 from kfac_xp.backend import array_namespace, cast
 from kfac_xp.precision import exact_products
 from kfac_xp.representations.attempts import RUNGS, Attempt, Health, Prepared
@@ -50,12 +50,11 @@ def refresh(
     healths, finite = _read_together(attempts, [average.all_finite for _, average in flagged])
     if not all(finite):
         culprits = [name for (name, _), ok in zip(flagged, finite, strict=True) if not ok]
-        for _, average in flagged:
-            average.all_finite = None
-        raise FloatingPointError(
+        raise NonFiniteStatisticsError(
             f"the statistics of {', '.join(culprits)} were not finite: a NaN or an infinity in the "
             "layer's inputs or gradients since the last inverse update. They have been left out "
-            "of the average."
+            "of the average.",
+            [average for _, average in flagged],
         )
     results = dict(enumerate(zip(attempts, healths, strict=True)))
     failed = [i for i, (_, health) in results.items() if not health.passes]

@@ -56,6 +56,14 @@ class Lagged(Dense):
             *matrices, row = make(root, value[1, ...])
         return (*matrices, row[0, :]), (damped, linalg.add_to_diagonal(cov, damping))
 
+    def _rows(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
+
+    def _stored_shape(self, request: Request, n: int) -> tuple[int, ...]:
+        if request.kind == "option2quants":
+            return 2 * n + 1, n
+        return (n + 1, n) if request.kind == "option1quants" else super()._stored_shape(request, n)
+
     def _stored_identity(self, request: Request, identity: Array) -> Array:
         xp, zeros = array_namespace(identity), 0 * identity
         if request.kind == "option1quants":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from kfac_xp.backend import array_namespace, as_number, device_of, is_readable
+from kfac_xp.backend import as_number, is_readable
+from kfac_xp.changes import Change, attributes
+from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array, Damping, Scalar
 
 Kind = Literal[
@@ -162,26 +164,31 @@ class PowerCache:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The stored arrays by order of registration."""
-        order = list(self.requests)
-        return {str(order.index(request)): array for request, array in self.stored.items()}
+        """The stored arrays by order of registration, kind and exponent."""
+        return {key: self.stored[r] for key, r in self.named.items() if r in self.stored}
 
-    def load_state_dict(self, state: Mapping[str, Any], like: Array) -> None:
-        """Continue with arrays saved under the same registrations.
+    def changes_to(
+        self, saved: Saved, shape_of: Callable[[Request], tuple[int, ...]], like: Array
+    ) -> list[Change]:
+        """The changes by which arrays saved under the same registrations are served.
 
         Raises
         ------
-        ValueError
-            If there are more arrays than registrations.
+        StateError
+            If an array was saved for what is not registered here, or does not fit.
         """
-        order = list(self.requests)
-        if any(int(i) >= len(order) for i in state):
-            raise ValueError(
-                f"the saved state has {len(state)} matrix functions and only {len(order)} are "
-                "registered. Register the same powers before loading, or save with `powers=False`."
-            )
-        xp = array_namespace(like)
-        self.stored = {
-            order[int(i)]: xp.asarray(array, dtype=like.dtype, device=device_of(like))
-            for i, array in state.items()
-        }
+        keys = self.named
+        for key in saved:
+            if key not in keys:
+                raise StateError(
+                    f"the saved state has {saved.key(key)!r}, and what is registered is "
+                    f"{list(keys)}. Register the same matrix functions in the same order before "
+                    "loading, or save with `powers=False`."
+                )
+        stored = {r: saved.array(k, like, shape_of(r)) for k, r in keys.items() if k in saved}
+        return [attributes(self, stored=stored)]
+
+    @property
+    def named(self) -> dict[str, Request]:
+        """What was requested, by its names in saved states."""
+        return {f"{i}_{r.kind}_{r.exp:g}": r for i, r in enumerate(self.requests)}

@@ -106,6 +106,12 @@ class SpatiallyUncorrelated(Dense):
             return base
         return RankOneUpdate(base, self._tiled(scaled_mean, corner), -coefficient)
 
+    def _stored_shape(self, request: Request, n: int) -> tuple[int, ...]:
+        border = n + self.has_bias
+        if request.kind == "eigen":
+            return (n + n * n + border + border * border + 1,)
+        return (n * n + n + 2,)
+
     def _stored_identity(self, request: Request, identity: Array) -> Array:
         if request.kind == "eigen":
             xp, size = array_namespace(identity), self.num_channels + self.has_bias
