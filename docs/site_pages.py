@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import inspect
 import re
+from itertools import chain
 from os.path import relpath
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import kfac_xp
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import NumpyDocstring
 from sphinx.util import logging
+
+import kfac_xp
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -47,7 +49,7 @@ def groups() -> dict[str, list[str]]:
             names = found.setdefault(comment[1], [])
         elif name := re.fullmatch(r'    "(\w+)",', line):
             names.append(name[1])
-    if sorted(sum(found.values(), [])) != sorted(kfac_xp.__all__):
+    if sorted(chain.from_iterable(found.values())) != sorted(kfac_xp.__all__):
         raise ValueError("the groups in `kfac_xp/__init__.py` do not hold the names of `__all__`")
     return found
 

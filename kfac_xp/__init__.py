@@ -11,6 +11,7 @@ from kfac_xp.block_tridiagonal import (
 )
 from kfac_xp.calibration import calibrate
 from kfac_xp.configuration import config, show_config
+from kfac_xp.conventions import FactorConvention, convert_factors, flat_order
 from kfac_xp.curvature_products import CurvatureMatrixVectorProductComputer
 from kfac_xp.damping import (
     LevenbergMarquardt,
@@ -240,6 +241,10 @@ __all__ = [
     "normalize_damping",
     "tensors_to_column",
     "vectors_to_flat",
+    # scales and orders of other libraries
+    "FactorConvention",
+    "convert_factors",
+    "flat_order",
     # factors
     "ConvDiagonalFactor",
     "ConvInputKroneckerFactor",

@@ -10,6 +10,7 @@ GEOMETRY = kfac_xp.ConvGeometry.create((3, 3), strides=(1, 1), padding="SAME")
 
 WITHOUT_ARRAYS = {
     "ConvGeometry": "ints only",
+    "FactorConvention": "ints only",
     "FactorOptions": "constants only",
     "LayerMemory": "numbers of bytes",
     "LevenbergMarquardt": "called by the optimizer, where steps are watched",
@@ -30,6 +31,7 @@ WITHOUT_ARRAYS = {
     "calibrate": "measures, and waits for what it measures",
     "config": "words and numbers",
     "explain": "words about a choice",
+    "flat_order": "ints only",
     "flatten_state": "copies to the host, which is its purpose",
     "get_default_layer_collection": "one of a stack of collections",
     "load_state": "reads a file into the host",
@@ -214,6 +216,16 @@ FUNCTIONS = {
         *pair(p), p.positive(1)[0]
     ),
     "compute_pi_tracenorm": lambda p: kfac_xp.compute_pi_tracenorm(*pair(p)),
+    "convert_factors": lambda p: kfac_xp.convert_factors(
+        p.covariance(5),
+        p.covariance(3),
+        source="kfac_xp",
+        target="asdl",
+        num_cases=7,
+        num_locations=3,
+        num_taps=2,
+        has_bias=True,
+    ),
     "flat_to_vectors": lambda p: kfac_xp.flat_to_vectors(vectors(p), p.normal(12)),
     "layer_params_to_mat2d": lambda p: kfac_xp.layer_params_to_mat2d(vectors(p)["a"]),
     "mat2d_to_layer_params": lambda p: kfac_xp.mat2d_to_layer_params(

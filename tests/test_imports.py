@@ -20,7 +20,7 @@ ORDER = [
     ["precision"],
     ["linalg"],
     ["averages", "options", "batches", "layouts"],
-    ["params", "iterations", "randomness", "outer_products"],
+    ["params", "iterations", "randomness", "outer_products", "conventions"],
     ["ops", "operators"],
     ["distributed"],
     ["layer_specs", "patch_covariance", "damping", "representations"],

@@ -2,10 +2,10 @@
 
 The blocks of a page run in their order, in one namespace. What a page may contain:
 
-- ```` ```python ````: runs; and if ```` ```output ```` follows, prints it, up to the last digit shown.
+- ```` ```python ````: runs; and if ```` ```output ```` follows, prints it, up to the last digit.
 - ``<!-- setup`` ... ``-->``: code that readers need not see.
-- ``<!-- needs cupy -->`` above a block: it runs where that library does. A block that imports PyTorch,
-  JAX or CuPy is treated alike.
+- ``<!-- needs cupy -->`` above a block: it runs where that library does. A block that imports
+  PyTorch, JAX or CuPy is treated alike.
 - ```` ```text ````: a sketch, which does not run. ```` ```sh ````: commands.
 """
 
