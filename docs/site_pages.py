@@ -173,17 +173,27 @@ def for_the_site(text: str, folder: Path, page: Path) -> str:
     return re.sub(r"(!?)\[([^][]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, text)
 
 
-def rewrite_links(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Apply `for_the_site` to the pages of `docs`."""
+def rewrite_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Apply `for_the_site` to the pages of `docs`; complete the contents on the first."""
     path = Path(app.env.doc2path(docname))
     if path.suffix == ".md" and path != README:
         source[0] = for_the_site(source[0], path.parent, path)
+    if docname == "index":
+        source[0] = with_all_pages(source[0])
+
+
+def with_all_pages(text: str) -> str:
+    """The first page with every page that stands in no list appended to the last one."""
+    listed = set(text.split("\n"))
+    missing = [path.stem for path in sorted(DOCS.glob("*.md")) if path.stem not in listed]
+    before, end, after = text.rpartition("\n```")
+    return "\n".join([before, *(name for name in missing if name != "index")]) + end + after
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the above with Sphinx."""
     app.connect("builder-inited", write_pages)
-    app.connect("source-read", rewrite_links)
+    app.connect("source-read", rewrite_page)
     app.connect("autodoc-process-bases", name_public_bases)
     app.connect("autodoc-process-docstring", keep_lines, priority=400)
     app.connect("autodoc-process-docstring", as_prose, priority=600)  # napoleon's is 500
