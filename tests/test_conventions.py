@@ -62,7 +62,7 @@ BY_LOOPS = {
 
 @pytest.mark.parametrize("library", BY_LOOPS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_by_loops(library, reduction, images, xp):
+def test_by_loops(library, reduction, images):
     taps_first, has_bias, factors, of_mean = BY_LOOPS[library]
     theirs = factors(*sums(images, taps_first, has_bias))
     if reduction == "mean":
@@ -71,13 +71,23 @@ def test_by_loops(library, reduction, images, xp):
     settings = {"num_cases": N, "num_locations": T, "num_taps": 6, "has_bias": True}
     there = {"source": "kfac_xp", "target": library, "target_reduction": reduction}
     back = {"source": library, "target": "kfac_xp", "source_reduction": reduction}
-    converted = kfac_xp.convert_factors(*map(xp.asarray, ours), **there, **settings)
+    converted = kfac_xp.convert_factors(*ours, **there, **settings)
     for found, expected in zip(converted, theirs, strict=True):
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-12)
     A, G = kfac_xp.convert_factors(*theirs, **back, **settings)
     kernel = slice(None) if has_bias else slice(-1)
     np.testing.assert_allclose(A, ours[0][kernel, kernel], rtol=1e-12)
     np.testing.assert_allclose(G, ours[1], rtol=1e-12)
+
+
+def test_every_array_library(images, xp):
+    A, G = our_factors(images)
+    settings = {"num_cases": N, "num_locations": T, "num_taps": 6, "has_bias": True}
+    there = {"source": "kfac_xp", "target": "asdl"} | settings
+    expected = kfac_xp.convert_factors(A, G, **there)
+    found = kfac_xp.convert_factors(xp.asarray(A), xp.asarray(G), **there)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

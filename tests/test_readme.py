@@ -60,7 +60,7 @@ def test_a_laplace_approximation_and_influences():
 def test_commands_and_links():
     assert "pytest" in block("test")
     assert "examples/digits_convnet.py" in block("example")
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
             assert (page.parent / target.partition("#")[0]).exists(), (page.name, target)
 
