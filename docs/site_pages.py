@@ -1,4 +1,4 @@
-"""A Sphinx extension: the API pages, the README as a page, and links that leave `docs`.
+"""A Sphinx extension: the API pages, the README and its like as pages, and links that leave `docs`.
 
 The API reference has a page for each group of names in `kfac_xp.__all__`. What is written goes
 into ``docs/generated``.
@@ -23,7 +23,11 @@ import kfac_xp
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 GENERATED = DOCS / "generated"
-README = GENERATED / "readme.md"
+FROM_ROOT = {
+    ROOT / "README.md": GENERATED / "readme.md",
+    ROOT / "CONTRIBUTING.md": GENERATED / "contributing.md",
+    ROOT / "CHANGELOG.md": GENERATED / "changes.md",
+}
 _kept: dict[str, list[str]] = {}
 PUBLIC = {id(getattr(kfac_xp, name)): name for name in kfac_xp.__all__}
 
@@ -85,7 +89,9 @@ def description(name: str) -> str:
 
 def write_pages(app: Sphinx) -> None:
     """Write the generated pages; a file whose text is as it was stays untouched."""
-    pages = {README: for_the_site((ROOT / "README.md").read_text(), ROOT, README)}
+    pages = {
+        page: for_the_site(path.read_text(), path.parent, page) for path, page in FROM_ROOT.items()
+    }
     names = []
     for title, listed in groups().items():
         names.append(re.sub(r"\W+", "-", title))
@@ -152,31 +158,31 @@ def require_all(app: Sphinx, env: Any) -> None:
 
 
 def for_the_site(text: str, folder: Path, page: Path) -> str:
-    """Markdown with the links of a file in `folder`, as they have to be on `page`.
+    """Markdown without comments, and with the links of a file in `folder` as `page` needs them.
 
-    Files outside of `docs` are offered for download, but for the README, which is a page.
-    Folders have no page, and leave their name.
+    Files outside of `docs` are offered for download, but for those that are pages. Folders have no
+    page, and leave their name.
     """
 
     def link(match: re.Match[str]) -> str:
         mark, words, target, anchor = match.groups()
         path = (folder / target).resolve()
-        if path == ROOT / "README.md":
-            path = README
-        elif path.is_dir():
+        path = FROM_ROOT.get(path, path)
+        if path.is_dir():
             return words
         relative = relpath(path, page.parent)
         if not path.is_relative_to(DOCS) and path.suffix == ".md":
             return f"{{download}}`{words} <{relative}>`"
         return f"{mark}[{words}]({relative}{anchor or ''})"
 
+    text = re.sub(r"^ *<!--.*?-->\n", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(!?)\[([^][]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, text)
 
 
 def rewrite_page(app: Sphinx, docname: str, source: list[str]) -> None:
     """Apply `for_the_site` to the pages of `docs`; complete the contents on the first."""
     path = Path(app.env.doc2path(docname))
-    if path.suffix == ".md" and path != README:
+    if path.suffix == ".md" and path.parent == DOCS:
         source[0] = for_the_site(source[0], path.parent, path)
     if docname == "index":
         source[0] = with_all_pages(source[0])
@@ -194,6 +200,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the above with Sphinx."""
     app.connect("builder-inited", write_pages)
     app.connect("source-read", rewrite_page)
+    app.connect("env-get-outdated", lambda *event: ["index"])  # it lists what came since
     app.connect("autodoc-process-bases", name_public_bases)
     app.connect("autodoc-process-docstring", keep_lines, priority=400)
     app.connect("autodoc-process-docstring", as_prose, priority=600)  # napoleon's is 500
