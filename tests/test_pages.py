@@ -46,11 +46,19 @@ layers.register_fully_connected("output", params["output"])
 
 
 def is_there(module):
-    if module == "cupy" and find_spec("cupy"):
+    """Whether a library is installed, and works here."""
+    if find_spec(module) is None:
+        return False
+    if module == "cupy":
         import cupy
 
         return cupy.cuda.is_available()
-    return find_spec(module) is not None
+    if module == "mpi4py":
+        try:
+            from mpi4py import MPI  # noqa: F401
+        except (ImportError, RuntimeError):  # installed without a library of MPI
+            return False
+    return True
 
 
 def needs(code):
@@ -58,7 +66,7 @@ def needs(code):
     for node in ast.walk(ast.parse(code)):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        yield from {n.partition(".")[0] for n in names} & {"torch", "jax", "cupy"}
+        yield from {n.partition(".")[0] for n in names} & {"torch", "jax", "cupy", "mpi4py"}
 
 
 def dedented(text, indent):
