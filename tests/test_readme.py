@@ -1,6 +1,7 @@
 """What the README and the pages in `docs` show runs, and what they link to is there."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,9 @@ def test_commands_and_links():
 
 def test_documented_names_exist():
     for name in re.findall(r"`kfac_xp\.(\w+)", README):
-        assert hasattr(kfac_xp, name), name
+        assert hasattr(kfac_xp, name) or find_spec(f"kfac_xp.{name}"), name
     for name in re.findall(r"`(?:fisher_\w+\.)?(\w+(?:Factor|FB))`", README):
-        assert hasattr(kfac_xp, name), name
+        assert hasattr(kfac_xp, name) or find_spec(f"kfac_xp.{name}"), name
     classes = (
         kfac_xp.ConvOutputKroneckerFactor,
         kfac_xp.ConvKFCBasicFB,
