@@ -384,3 +384,68 @@ def test_deep_autoencoder_repeats_the_search(tmp_path):
     lines = [line for line in done.stdout.splitlines() if "learning rate" in line]
     assert len(lines) == 12
     assert sum(line.endswith("*") for line in lines) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Applications: each runs in a small form, prints a check of its claim, and draws
+
+
+@pytest.fixture(scope="module")
+def dense_net():
+    yield from imported("dense_net")
+
+
+@pytest.mark.more
+def test_the_derivatives_of_the_dense_net(dense_net, xp, rng):
+    """`jvp` is the slope of the outputs, `vjp` its transpose, and the loss has its gradient."""
+    model = dense_net.DenseNet((5, 4, 3))
+    params = model.initial_params(0, xp)
+    x, y = xp.asarray(rng.normal(size=(6, 5))), xp.asarray(rng.integers(0, 3, 6))
+    tangent = {
+        name: tuple(xp.asarray(rng.normal(size=tuple(a.shape))) for a in pair)
+        for name, pair in params.items()
+    }
+    ends = [model.linearize(moved(params, tangent, step), x).outputs for step in (1e-6, -1e-6)]
+    net = model.linearize(params, x)
+    assert_close(net.jvp(tangent), (to_numpy(ends[0]) - to_numpy(ends[1])) / 2e-6, 1e-7)
+    losses = [float(xp.sum(dense_net.cross_entropy(s, y)[0])) for s in ends]
+    cotangents = dense_net.cross_entropy(net.outputs, y)[1]
+    grads, preactivation_grads = net.vjp(cotangents)
+    slope = sum(
+        float(xp.sum(g * t))
+        for name in params
+        for g, t in zip(grads[name], tangent[name], strict=True)
+    )
+    assert_close(slope, (losses[0] - losses[1]) / 2e-6, 1e-7)
+    assert_close(slope, float(xp.sum(cotangents * net.jvp(tangent))), 1e-12)
+    assert list(grads) == list(params)
+    for name, ds in preactivation_grads.items():
+        assert_close(grads[name][0], to_numpy(net.layer_inputs[name]).T @ to_numpy(ds), 1e-12)
+
+
+def test_the_fit_of_the_dense_net_is_a_minimum(dense_net):
+    x, y, _, _ = dense_net.split_digits(40, 0)
+    model, penalty = dense_net.DenseNet((64, 4, 10)), dense_net.ridge(1.0)
+    weights = np.arange(40.0)
+    params = dense_net.fit(model, model.initial_params(0), x, y, penalty, weights=weights)
+    losses, cotangents = dense_net.cross_entropy(model.linearize(params, x).outputs, y)
+    grads, _ = model.linearize(params, x).vjp(weights[:, None] * cotangents)
+    for name, pair in params.items():
+        for g, p in zip(grads[name], pair, strict=True):
+            assert_close(g, -p, 1e-5)
+    assert losses @ weights < 0.5 * np.log(10) * weights.sum()
+
+
+def test_laplace(tmp_path):
+    """Kronecker factors give the numbers of dense algebra; evidence finds a good precision."""
+    done = run_example(tmp_path, "--small", script="laplace.py")
+    assert (tmp_path / "laplace.png").stat().st_size > 10_000
+    errors = re.search(r"log-determinant to (\S+), variances of the logits to (\S+)", done.stdout)
+    assert max(map(float, errors.groups())) < 1e-10
+    found = re.search(
+        r"likelihood, kron: .* NLL ([\d.]+) at .* ([\d.]+) with .* ([\d.]+) and ([\d.]+)\.",
+        done.stdout,
+    )
+    mode, laplace, least_mode, least_laplace = map(float, found.groups())
+    assert mode < 1.1 * least_mode
+    assert laplace < 1.1 * least_laplace
