@@ -73,14 +73,32 @@ class Linearization:
 
     def jvp(self, tangent: Params) -> Array:
         """Change of the logits as the parameters move by `tangent`."""
+        return self._moved(tangent)[0]
+
+    def second_order(self, ds: Array, tangent: Params) -> Params:
+        """Change of the gradients of ``vjp(ds)`` along `tangent`, for exact Hessians."""
+        xp = array_namespace(ds)
+        _, moved_inputs = self._moved(tangent)
+        gradients, dds = {}, xp.zeros_like(ds)
+        for name in reversed(self._params):
+            a, da = self.layer_inputs[name], moved_inputs[name]
+            gradients[name] = (da.T @ ds + a.T @ dds, xp.sum(dds, axis=0))
+            kernel, slope = self._params[name][0], 1 - a * a
+            back = ds @ kernel.T
+            dds = slope * (dds @ kernel.T + ds @ tangent[name][0].T) - 2 * a * da * back
+            ds = slope * back
+        return {n: gradients[n] for n in self._params}
+
+    def _moved(self, tangent: Params) -> tuple[Array, dict[str, Array]]:
+        """Changes of the logits, and of each layer's inputs."""
+        inputs: dict[str, Array] = {}
         ds: Array = None
-        for name, (kernel, bias) in tangent.items():
+        for name, (kernel, _) in self._params.items():
             a = self.layer_inputs[name]
-            moved = a @ kernel + bias
-            if ds is not None:
-                moved = moved + ((1 - a * a) * ds) @ self._params[name][0]
-            ds = moved
-        return ds
+            da = array_namespace(a).zeros_like(a) if ds is None else (1 - a * a) * ds
+            inputs[name] = da
+            ds = a @ tangent[name][0] + tangent[name][1] + da @ kernel
+        return ds, inputs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,11 +183,16 @@ def curvature(model: DenseNet, params: Params, x: Array, approx: str) -> kfac_xp
     return len(x) * estimator.matrix()
 
 
-def exact_curvature(model: DenseNet, params: Params, x: Array) -> Array:
-    """The same of all layers together, dense: [n, n], from n products."""
+def exact_curvature(
+    model: DenseNet, params: Params, x: Array, y: Array | None = None, which: str = "fisher"
+) -> Array:
+    """The same of all layers together, dense: [n, n], from n products.
+
+    With ``which="hessian"`` and the labels `y` the Hessian of the summed loss.
+    """
     net = model.linearize(params, x)
-    products = kfac_xp.CurvatureMatrixVectorProductComputer(register(params), net)
-    return np.asarray(products.matrix("fisher", like=params))
+    products = kfac_xp.CurvatureMatrixVectorProductComputer(register(params), net, y)
+    return np.asarray(products.matrix(which, like=params))
 
 
 # ---------------------------------------------------------------------------------------------

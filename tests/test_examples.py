@@ -419,6 +419,13 @@ def test_the_derivatives_of_the_dense_net(dense_net, xp, rng):
     assert_close(slope, (losses[0] - losses[1]) / 2e-6, 1e-7)
     assert_close(slope, float(xp.sum(cotangents * net.jvp(tangent))), 1e-12)
     assert list(grads) == list(params)
+    grads_ahead, grads_behind = (
+        model.linearize(moved(params, tangent, step), x).vjp(cotangents)[0]
+        for step in (1e-6, -1e-6)
+    )
+    for name, pair in net.second_order(cotangents, tangent).items():
+        for own, ahead, behind in zip(pair, grads_ahead[name], grads_behind[name], strict=True):
+            assert_close(own, (to_numpy(ahead) - to_numpy(behind)) / 2e-6, 1e-6)
     for name, ds in preactivation_grads.items():
         assert_close(grads[name][0], to_numpy(net.layer_inputs[name]).T @ to_numpy(ds), 1e-12)
 
@@ -449,3 +456,14 @@ def test_laplace(tmp_path):
     mode, laplace, least_mode, least_laplace = map(float, found.groups())
     assert mode < 1.1 * least_mode
     assert laplace < 1.1 * least_laplace
+
+
+def test_influence(tmp_path):
+    """The exact Hessian predicts retraining; Kronecker factors do better than a diagonal."""
+    done = run_example(tmp_path, "--small", script="influence.py")
+    assert (tmp_path / "influence.png").stat().st_size > 10_000
+    rows = re.findall(r"^(\D+?) +(-?[\d.]+) +-?[\d.]+ +[\d.e-]+$", done.stdout, re.MULTILINE)
+    found = {name: float(correlation) for name, correlation in rows}
+    assert found["exact Hessian"] > 0.75
+    assert found["exact Hessian"] > found["exact Fisher"] > found["K-FAC"]
+    assert found["K-FAC"] > found["diagonal"] + 0.1
