@@ -140,7 +140,7 @@ def main() -> None:
 
     threadpool_limits(limits=1)
     if args.small:
-        num_training, parts = 200, np.array([0.0, 0.3, 0.5, 0.6])
+        num_training, parts = 200, np.array([0.0, 0.4, 0.6, 0.75, 0.85])
     else:
         num_training, parts = NUM_TRAINING, np.arange(0, 0.96, 0.05)
     x, y, x_test, y_test = split_digits(num_training, args.seed)

@@ -467,3 +467,14 @@ def test_influence(tmp_path):
     assert found["exact Hessian"] > 0.75
     assert found["exact Hessian"] > found["exact Fisher"] > found["K-FAC"]
     assert found["K-FAC"] > found["diagonal"] + 0.1
+
+
+def test_pruning(tmp_path):
+    """The step is the minimum of its model, and keeps accuracy that pruning alone loses."""
+    done = run_example(tmp_path, "--small", script="pruning.py")
+    assert (tmp_path / "pruning.png").stat().st_size > 10_000
+    assert float(re.search(r"after the step: (\S+) ", done.stdout)[1]) < 1e-12
+    last = re.search(r"^0\.85 +(.*)$", done.stdout, re.MULTILINE)[1]
+    magnitude, magnitude_step, surgeon, surgeon_step = map(float, last.split())
+    assert magnitude_step > magnitude + 5
+    assert surgeon_step > surgeon + 5
