@@ -3,11 +3,11 @@
     python examples/pruning.py [--small] [--output picture.png]
 
 Near a minimum the loss rises by ``d^T H d / 2`` as the parameters move by d, with H the curvature.
-The cheapest way to take weight i away moves the others along, and costs ``w_i^2 / (2 [H^-1]_ii)``;
-for a set Q of weights the step is ``d = -H^-1[:, Q] H^-1[Q, Q]^-1 w_Q``. A network trained on digits
-is pruned in stages without any training in between, by four rules: the smallest weights or the
-lowest costs go first, with or without that step. H is K-FAC's, made anew in each stage; its inverse
-is ``matrix.plus_identity(decay).inv()``, whose diagonal needs no dense matrix.
+The cheapest way to take weight i away moves the others along and costs ``w_i^2 / (2 [H^-1]_ii)``;
+for a set Q of weights the step is ``d = -H^-1[:, Q] H^-1[Q, Q]^-1 w_Q``. A network trained on
+digits is pruned in stages without any training in between, by four rules: the smallest weights or
+the lowest costs go first, with or without that step. H is K-FAC's, made anew in each stage; its
+inverse is ``matrix.plus_identity(decay).inv()``, whose diagonal needs no dense matrix.
 
 Checked and printed: that the step is the minimum of the quadratic model it comes from; accuracy on
 test images against the part of the weights that is gone; and which rule keeps most.

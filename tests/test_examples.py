@@ -478,3 +478,19 @@ def test_pruning(tmp_path):
     magnitude, magnitude_step, surgeon, surgeon_step = map(float, last.split())
     assert magnitude_step > magnitude + 5
     assert surgeon_step > surgeon + 5
+
+
+def test_continual(tmp_path):
+    """Without a memory the first task is forgotten; with any of them it is not."""
+    done = run_example(tmp_path, "--small", script="continual.py")
+    assert (tmp_path / "continual.png").stat().st_size > 10_000
+    rows = re.findall(
+        r"^(\D+?) +[\d.e+]+ +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE
+    )
+    found = {name: [float(x) for x in numbers] for name, *numbers in rows}
+    assert len(found) == 4
+    none, *others = found.values()
+    assert none[1] < 50
+    for mean, first, last in others:
+        assert mean > none[0] + 20
+        assert min(first, last) > 75
