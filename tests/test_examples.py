@@ -5,11 +5,9 @@ import importlib
 import importlib.util
 import itertools
 import math
-import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,18 +17,7 @@ import pytest
 
 from kfac_xp.optimizer import MOMENTUM_TYPES
 from tests.cases import assert_close, to_numpy
-
-ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
-
-
-def imported(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name]
+from tests.example_scripts import imported, moved, run_example
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +92,6 @@ def test_layer_inputs_are_what_the_layers_were_given(convnet, rng):
     for name, (kernel, _) in params.items():
         assert net.layer_inputs[name].shape[-1] == kernel.shape[-2]
         assert net.layer_inputs[name].ndim == kernel.ndim
-
-
-def run_example(folder, *arguments, script="digits_convnet.py", launcher=()):
-    # A child process: the example is a script, and finds its neighbour as one.
-    return subprocess.run(
-        [*launcher, sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=folder,
-        # Compiling takes JAX longer than these small models.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=170,
-    )
 
 
 def test_digits(tmp_path):
@@ -273,13 +246,6 @@ def tiny_autoencoder(autoencoder, xp, rng):
     return model, params, xp.asarray(rng.random((4, 12))), tangent
 
 
-def moved(params, tangent, step):
-    return {
-        name: tuple(a + step * t for a, t in zip(params[name], tangent[name], strict=True))
-        for name in params
-    }
-
-
 def test_the_tangent_of_the_autoencoder_is_the_slope_of_its_outputs(autoencoder, xp, rng):
     model, params, images, tangent = tiny_autoencoder(autoencoder, xp, rng)
     ahead, behind = (
@@ -384,113 +350,3 @@ def test_deep_autoencoder_repeats_the_search(tmp_path):
     lines = [line for line in done.stdout.splitlines() if "learning rate" in line]
     assert len(lines) == 12
     assert sum(line.endswith("*") for line in lines) == 1
-
-
-# ---------------------------------------------------------------------------------------------
-# Applications: each runs in a small form, prints a check of its claim, and draws
-
-
-@pytest.fixture(scope="module")
-def dense_net():
-    yield from imported("dense_net")
-
-
-@pytest.mark.more
-def test_the_derivatives_of_the_dense_net(dense_net, xp, rng):
-    """`jvp` is the slope of the outputs, `vjp` its transpose, and the loss has its gradient."""
-    model = dense_net.DenseNet((5, 4, 3))
-    params = model.initial_params(0, xp)
-    x, y = xp.asarray(rng.normal(size=(6, 5))), xp.asarray(rng.integers(0, 3, 6))
-    tangent = {
-        name: tuple(xp.asarray(rng.normal(size=tuple(a.shape))) for a in pair)
-        for name, pair in params.items()
-    }
-    ends = [model.linearize(moved(params, tangent, step), x).outputs for step in (1e-6, -1e-6)]
-    net = model.linearize(params, x)
-    assert_close(net.jvp(tangent), (to_numpy(ends[0]) - to_numpy(ends[1])) / 2e-6, 1e-7)
-    losses = [float(xp.sum(dense_net.cross_entropy(s, y)[0])) for s in ends]
-    cotangents = dense_net.cross_entropy(net.outputs, y)[1]
-    grads, preactivation_grads = net.vjp(cotangents)
-    slope = sum(
-        float(xp.sum(g * t))
-        for name in params
-        for g, t in zip(grads[name], tangent[name], strict=True)
-    )
-    assert_close(slope, (losses[0] - losses[1]) / 2e-6, 1e-7)
-    assert_close(slope, float(xp.sum(cotangents * net.jvp(tangent))), 1e-12)
-    assert list(grads) == list(params)
-    grads_ahead, grads_behind = (
-        model.linearize(moved(params, tangent, step), x).vjp(cotangents)[0]
-        for step in (1e-6, -1e-6)
-    )
-    for name, pair in net.second_order(cotangents, tangent).items():
-        for own, ahead, behind in zip(pair, grads_ahead[name], grads_behind[name], strict=True):
-            assert_close(own, (to_numpy(ahead) - to_numpy(behind)) / 2e-6, 1e-6)
-    for name, ds in preactivation_grads.items():
-        assert_close(grads[name][0], to_numpy(net.layer_inputs[name]).T @ to_numpy(ds), 1e-12)
-
-
-def test_the_fit_of_the_dense_net_is_a_minimum(dense_net):
-    x, y, _, _ = dense_net.split_digits(40, 0)
-    model, penalty = dense_net.DenseNet((64, 4, 10)), dense_net.ridge(1.0)
-    weights = np.arange(40.0)
-    params = dense_net.fit(model, model.initial_params(0), x, y, penalty, weights=weights)
-    losses, cotangents = dense_net.cross_entropy(model.linearize(params, x).outputs, y)
-    grads, _ = model.linearize(params, x).vjp(weights[:, None] * cotangents)
-    for name, pair in params.items():
-        for g, p in zip(grads[name], pair, strict=True):
-            assert_close(g, -p, 1e-5)
-    assert losses @ weights < 0.5 * np.log(10) * weights.sum()
-
-
-def test_laplace(tmp_path):
-    """Kronecker factors give the numbers of dense algebra; evidence finds a good precision."""
-    done = run_example(tmp_path, "--small", script="laplace.py")
-    assert (tmp_path / "laplace.png").stat().st_size > 10_000
-    errors = re.search(r"log-determinant to (\S+), variances of the logits to (\S+)", done.stdout)
-    assert max(map(float, errors.groups())) < 1e-10
-    found = re.search(
-        r"likelihood, kron: .* NLL ([\d.]+) at .* ([\d.]+) with .* ([\d.]+) and ([\d.]+)\.",
-        done.stdout,
-    )
-    mode, laplace, least_mode, least_laplace = map(float, found.groups())
-    assert mode < 1.1 * least_mode
-    assert laplace < 1.1 * least_laplace
-
-
-def test_influence(tmp_path):
-    """The exact Hessian predicts retraining; Kronecker factors do better than a diagonal."""
-    done = run_example(tmp_path, "--small", script="influence.py")
-    assert (tmp_path / "influence.png").stat().st_size > 10_000
-    rows = re.findall(r"^(\D+?) +(-?[\d.]+) +-?[\d.]+ +[\d.e-]+$", done.stdout, re.MULTILINE)
-    found = {name: float(correlation) for name, correlation in rows}
-    assert found["exact Hessian"] > 0.75
-    assert found["exact Hessian"] > found["exact Fisher"] > found["K-FAC"]
-    assert found["K-FAC"] > found["diagonal"] + 0.1
-
-
-def test_pruning(tmp_path):
-    """The step is the minimum of its model, and keeps accuracy that pruning alone loses."""
-    done = run_example(tmp_path, "--small", script="pruning.py")
-    assert (tmp_path / "pruning.png").stat().st_size > 10_000
-    assert float(re.search(r"after the step: (\S+) ", done.stdout)[1]) < 1e-12
-    last = re.search(r"^0\.85 +(.*)$", done.stdout, re.MULTILINE)[1]
-    magnitude, magnitude_step, surgeon, surgeon_step = map(float, last.split())
-    assert magnitude_step > magnitude + 5
-    assert surgeon_step > surgeon + 5
-
-
-def test_continual(tmp_path):
-    """Without a memory the first task is forgotten; with any of them it is not."""
-    done = run_example(tmp_path, "--small", script="continual.py")
-    assert (tmp_path / "continual.png").stat().st_size > 10_000
-    rows = re.findall(
-        r"^(\D+?) +[\d.e+]+ +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE
-    )
-    found = {name: [float(x) for x in numbers] for name, *numbers in rows}
-    assert len(found) == 4
-    none, *others = found.values()
-    assert none[1] < 50
-    for mean, first, last in others:
-        assert mean > none[0] + 20
-        assert min(first, last) > 75
