@@ -175,6 +175,6 @@ def test_the_transformer_does_not_look_ahead(char_transformer, rng):
 def test_transformer(tmp_path):
     done = run_example(tmp_path, "--small", script="transformer.py")
     assert (tmp_path / "transformer.png").stat().st_size > 10_000
-    losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+) after 40", done.stdout)]
+    losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+) after 25", done.stdout)]
     assert len(losses) == 3
-    assert max(losses) < 3.4  # from above 4.5
+    assert max(losses) < 3.6  # from above 4.5
