@@ -183,6 +183,17 @@ def curvature(model: DenseNet, params: Params, x: Array, approx: str) -> kfac_xp
     return len(x) * estimator.matrix()
 
 
+def case_gradients(net: Linearization, cotangents: Array) -> Array:
+    """Gradients of each case on its own, flat, [N, n]: outer products from a single `vjp`."""
+    _, grads = net.vjp(cotangents, parameters=False)
+    parts = [
+        part.reshape(len(cotangents), -1)
+        for name, a in net.layer_inputs.items()
+        for part in (a[:, :, None] * grads[name][:, None, :], grads[name])
+    ]
+    return np.concatenate(parts, axis=1)
+
+
 def exact_curvature(
     model: DenseNet, params: Params, x: Array, y: Array | None = None, which: str = "fisher"
 ) -> Array:

@@ -24,6 +24,7 @@ from dense_net import (
     DenseNet,
     Params,
     accuracy,
+    case_gradients,
     cross_entropy,
     curvature,
     exact_curvature,
@@ -49,16 +50,10 @@ NUM_TRAINING = 500
 DECAY = 1.0  # half of it times the squared norm is added to the summed loss
 
 
-def case_gradients(params: Params, x: Array, y: Array) -> Array:
-    """Gradients of the loss of each case, [N, n], from a single `vjp`."""
+def loss_gradients(params: Params, x: Array, y: Array) -> Array:
+    """Gradients of the loss of each case, [N, n]."""
     net = MODEL.linearize(params, x)
-    _, grads = net.vjp(cross_entropy(net.outputs, y)[1], parameters=False)
-    parts = [
-        part.reshape(len(x), -1)
-        for name in params
-        for part in (net.layer_inputs[name][:, :, None] * grads[name][:, None, :], grads[name])
-    ]
-    return np.concatenate(parts, axis=1)
+    return case_gradients(net, cross_entropy(net.outputs, y)[1])
 
 
 def case_losses(params: Params, x: Array, y: Array) -> Array:
@@ -66,7 +61,9 @@ def case_losses(params: Params, x: Array, y: Array) -> Array:
     return cross_entropy(MODEL.linearize(params, x).outputs, y)[0]
 
 
-def retrain(params: Params, x: Array, y: Array, left_out: Array, x_test: Array, y_test: Array):
+def retrain(
+    params: Params, x: Array, y: Array, left_out: Array, x_test: Array, y_test: Array
+) -> Array:
     """Change of each test case's loss without each of the cases: [left out, tests]."""
     before, changes = case_losses(params, x_test, y_test), []
     for i in tqdm(left_out, unit="retraining"):
@@ -149,8 +146,8 @@ def main() -> None:
     hits = accuracy(MODEL.linearize(params, x_test).outputs, y_test)
     left_out = np.random.default_rng(args.seed).choice(len(y), num_left_out, replace=False)
     actual = retrain(params, x, y, left_out, x_test, y_test)
-    g = case_gradients(params, x[left_out], y[left_out])
-    g_test = case_gradients(params, x_test, y_test)
+    g = loss_gradients(params, x[left_out], y[left_out])
+    g_test = loss_gradients(params, x_test, y_test)
     predictions = {name: g @ solve(params, x, y, g_test.T, name) for name in NAMES}
 
     print(

@@ -28,6 +28,7 @@ from dense_net import (
     DenseNet,
     Params,
     accuracy,
+    case_gradients,
     cross_entropy,
     curvature,
     exact_curvature,
@@ -110,17 +111,10 @@ def log_evidence(mode: Params, loss: float, prior_precision: float, logdet: floa
 
 
 def logit_gradients(params: Params, x: Array) -> Array:
-    """Gradients of each logit of each case, [classes, N, n], from one `vjp` for each class."""
-    net, rows = MODEL.linearize(params, x), []
-    for unit in np.eye(net.outputs.shape[1]):
-        _, grads = net.vjp(np.tile(unit, (len(x), 1)), parameters=False)
-        parts = [
-            part.reshape(len(x), -1)
-            for name in params
-            for part in (net.layer_inputs[name][:, :, None] * grads[name][:, None, :], grads[name])
-        ]
-        rows.append(np.concatenate(parts, axis=1))
-    return np.stack(rows)
+    """Gradients of each logit of each case, [classes, N, n]."""
+    net = MODEL.linearize(params, x)
+    units = np.eye(net.outputs.shape[1])
+    return np.stack([case_gradients(net, np.tile(unit, (len(x), 1))) for unit in units])
 
 
 def check(posterior: Posterior, x: Array) -> tuple[float, float]:
