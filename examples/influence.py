@@ -126,7 +126,7 @@ def draw(predictions: dict[str, Array], actual: Array, path: str) -> None:
     last.barh([NAMES[n] for n in correlations], list(correlations.values()))
     last.invert_yaxis()
     last.set(xlabel="rank correlation", xlim=(0, 1))
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
