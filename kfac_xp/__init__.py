@@ -1,5 +1,7 @@
 """K-FAC curvature for plain arrays: NumPy, CuPy, PyTorch and JAX from one source."""
 
+import logging
+
 from kfac_xp import _source_tree  # noqa: F401  (first: it makes kfac_xp.kernels importable)
 from kfac_xp.averages import AccumulatorVariable, MovingAverage, MovingAverageVariable
 from kfac_xp.backend import explain, use_backend
@@ -105,6 +107,7 @@ from kfac_xp.fisher_factors import (
 )
 from kfac_xp.geometry import ConvGeometry, TransposedConvGeometry, num_conv_locations
 from kfac_xp.layer_collection import (
+    CurvatureReport,
     LayerCollection,
     RegistrationReport,
     get_default_layer_collection,
@@ -176,8 +179,12 @@ from kfac_xp.precision import matmul_precision
 from kfac_xp.randomness import generate_random_signs
 from kfac_xp.representations import PackagedFunc
 from kfac_xp.state import StateError, flatten_state, load_state, save_state, unflatten_state
+from kfac_xp.timings import Timings
 
 __version__ = "0.1.0"
+
+# Messages are for those who ask for them: `logging` would print warnings by itself.
+logging.getLogger("kfac_xp").addHandler(logging.NullHandler())
 
 __all__ = [
     # arrays and ops
@@ -335,6 +342,7 @@ __all__ = [
     "ChainFactor",
     "FullyConnectedChainFB",
     "CurvatureMatrixVectorProductComputer",
+    "CurvatureReport",
     "FisherEstimator",
     "KfacOptimizer",
     "LayerCollection",
@@ -344,6 +352,7 @@ __all__ = [
     "PeriodicInvCovUpdateKfacOpt",
     "RegistrationReport",
     "StepInfo",
+    "Timings",
     "get_default_layer_collection",
     "batch_execute",
     "make_fisher_estimator",

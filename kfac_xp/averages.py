@@ -20,12 +20,13 @@ from kfac_xp.backend import (
     is_readable,
 )
 from kfac_xp.changes import Change, attributes, make
+from kfac_xp.descriptions import Described, facts_of_array, shape_of, shown
 from kfac_xp.linalg import symmetrized
 from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array, Scalar
 
 
-class MovingAverage:
+class MovingAverage(Described):
     """A weighted moving average of arrays of one shape.
 
     ``total = decay * total + weight * new`` and likewise for the sum of weights. With
@@ -63,6 +64,10 @@ class MovingAverage:
     def default_weight(self, decay: Scalar) -> Scalar:
         """Weight of a new value that goes with `decay` when the caller names none."""
         return 1.0 if self.zero_debias else 1.0 - as_number(decay)
+
+    def _facts(self) -> dict[str, str]:
+        shape = {"shape": shape_of(self.total), **facts_of_array(self.total)}
+        return shape | {"updates": str(self.num_updates), "weight": shown(self.weight)}
 
     def step(
         self,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
+from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.linalg import add_rows
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Params, Scalar, Vectors
 
 
-@dataclass(frozen=True)
-class IndexedSlices:
+@dataclass(frozen=True, repr=False)
+class IndexedSlices(Described):
     """Some rows of a matrix that is zero elsewhere: the gradient of an embedding.
 
     Rows whose index occurs several times are added up.
@@ -41,6 +42,10 @@ class IndexedSlices:
     def dtype(self) -> Any:
         """Dtype of the values."""
         return self.values.dtype
+
+    def _facts(self) -> dict[str, str]:
+        rows = str(self.values.shape[0])
+        return {"shape": str(list(self.shape)), "rows": rows, **facts_of_array(self.values)}
 
     def with_values(self, values: Array) -> IndexedSlices:
         """Other values in the same rows."""

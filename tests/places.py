@@ -58,6 +58,21 @@ def arrays_in(value, path="", seen=None):
         yield from arrays_in(getattr(value, "__dict__", {}), path, seen)
 
 
+def objects_in(value, seen=None):
+    """Every object of the library that an object of the library, or a container, holds."""
+    seen = set() if seen is None else seen
+    if isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from objects_in(item, seen)
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            yield from objects_in(item, seen)
+    elif type(value).__module__.startswith("kfac_xp") and id(value) not in seen:
+        seen.add(id(value))
+        yield value
+        yield from objects_in(getattr(value, "__dict__", {}), seen)
+
+
 def require_place(value, place, *, same_dtype=True):
     """Every array is of the place's library and device, and every float of its dtype."""
     found = 0
@@ -125,6 +140,7 @@ def watch_reads(monkeypatch):
     return watch
 
 
+WORDS = ("__repr__", "__str__", "__format__")
 SCALARS = ("__bool__", "__int__", "__float__", "__index__", "__complex__")
 
 
@@ -135,7 +151,7 @@ def watch_strict(monkeypatch, strict):
     """
     watch = watch_reads(monkeypatch)
     cls, host = type(strict.zeros(1)), strict.Device("CPU_DEVICE")
-    methods = (*SCALARS, "__array__", "__buffer__", "__dlpack__", "to_device", "__iter__")
+    methods = (*SCALARS, *WORDS, "__array__", "__buffer__", "__dlpack__", "to_device", "__iter__")
     watch.guard(monkeypatch, cls, methods, lambda x, *args: x.device != host)
     flags = strict.get_array_api_strict_flags()
     watch.flags = flags
@@ -156,7 +172,7 @@ def watch_cupy(monkeypatch, cupy):
     NVIDIA's solvers may wait inside. `cupyx.allow_synchronize` no longer sees anything.
     """
     watch = watch_reads(monkeypatch)
-    methods = ("get", "item", "tolist", "__array__", "__dlpack__", *SCALARS)
+    methods = ("get", "item", "tolist", "__array__", "__dlpack__", *SCALARS, *WORDS)
     watch.guard(monkeypatch, cupy.ndarray, methods)
     runtime = cupy.cuda.runtime
     copies = ("memcpy", "memcpy2D", "memcpy2DFromArray", "memcpy3D")

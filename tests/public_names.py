@@ -10,6 +10,7 @@ GEOMETRY = kfac_xp.ConvGeometry.create((3, 3), strides=(1, 1), padding="SAME")
 
 WITHOUT_ARRAYS = {
     "ConvGeometry": "ints only",
+    "CurvatureReport": "words and numbers about what is stored",
     "FactorConvention": "ints only",
     "FactorOptions": "constants only",
     "LayerMemory": "numbers of bytes",
@@ -24,6 +25,7 @@ WITHOUT_ARRAYS = {
     "RegistrationReport": "words about shapes",
     "SeriesFBApproximation": "an enumeration",
     "SingleProcess": "passes on what it is given",
+    "Timings": "seconds",
     "TransposedConvGeometry": "ints only",
     "StateError": "an exception",
     "StepInfo": "made by the optimizer, where steps are watched",

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import kfac_xp
+from kfac_xp.descriptions import Described
 from kfac_xp.estimator import ESTIMATION_MODES
 from tests import places, public_names
 from tests.places import Place, require_place
-from tests.public_names import ABSTRACT, CALLS, WITHOUT_ARRAYS
+from tests.public_layers import BLOCKS
+from tests.public_names import ABSTRACT, CALLS, LOSSES, WITHOUT_ARRAYS
 from tests.rank_threads import on_ranks
 
 MOMENTUM = {
@@ -60,7 +62,67 @@ def test_results_are_where_the_data_is(far, name, dtype):
     assert all(len(shape) == 1 for shape in watch.reads)
 
 
+def test_nothing_is_read_to_be_seen(far):
+    """Every object that a public name is or makes: its line, its table, its report."""
+    place, watch = far
+    kinds = set()
+    for name in [*BLOCKS, *LOSSES, "SUA", "BlockTridiagonalChain", "CurvatureMatrix", *SEEN_MODELS]:
+        calls = {"SUA": CALLS["ConvInputSUAKroneckerFactor"], "CurvatureMatrix": matrices}
+        result = calls.get(name, CALLS.get(name))(place)
+        reads = len(watch.reads)
+        for seen in places.objects_in(result):
+            if isinstance(seen, Described):
+                kinds.add(type(seen).__name__)
+                assert "\n" not in repr(seen)
+                assert repr(seen).startswith(f"<{type(seen).__name__}")
+                assert seen._repr_html_().startswith("<table>")
+            if hasattr(seen, "report"):
+                report = seen.report()
+                assert report.rows()
+                assert str(report)
+        assert len(watch.reads) == reads, name
+    with pytest.raises(RuntimeError, match=r"power -0.5 at damping \(0-d float64, .*; it serves"):
+        kfac_xp.FullyConnectedKroneckerFactor(place.normal(4, 3)).get_matpower(
+            -0.5, place.positive(1)[0]
+        )
+    assert {"Dense", "MovingAverage", "StepInfo", "FullMatrix", "FisherEstimator"} < kinds
+    assert len(kinds) > 50
+
+
+def matrices(place):
+    layers, params = public_names.tanh_layers(place)
+    made = kfac_xp.FisherEstimator(layers, place.positive(1)[0])
+    made.update_cov(*public_names.tanh_batch(place, params))
+    return [made.matrix(0.1, split) for split in ("pi", "exact")], made
+
+
+SEEN_MODELS = ("Chain", "FisherEstimator", "KfacOptimizer", "LayerCollection", "IndexedSlices")
+
+
 class TestTrainingSteps:
+    def test_messages_and_times_read_nothing(self, far, caplog):
+        """Where values are not free to be read, they are not in the messages."""
+        place, watch = far
+        caplog.set_level("DEBUG", "kfac_xp")
+        step = public_names.optimizer(
+            kfac_xp.KfacOptimizer,
+            batches=3,
+            of_loss_fn=True,
+            learning_rate=0.1,
+            adapt_damping=True,
+            damping_adaptation_interval=1,
+            invert_every=2,
+            timings=True,
+        )
+        optimizer, _, _ = step(place)
+        assert len(watch.reads) == 2
+        changes = [r.getMessage() for r in caplog.records if r.name == "kfac_xp.optimizer"]
+        assert [text.partition(":")[0] for text in changes] == ["step 1", "step 2"]
+        assert all("(0-d float64, " in text for text in changes)
+        assert optimizer.timings.of_launching
+        assert "times of launching" in str(optimizer.report())
+        assert "(0-d float64, " in repr(optimizer)
+
     @pytest.mark.parametrize("mode", ESTIMATION_MODES)
     def test_estimation_modes(self, far, mode):
         place, watch = far

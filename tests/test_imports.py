@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent
 # A module may import from any line above its own, and from its own package.
 ORDER = [
     ["kernels", "_source_tree"],
-    ["typing", "geometry", "measurements", "changes"],
+    ["typing", "geometry", "measurements", "changes", "tables"],
+    ["timings"],
     ["backend"],
     ["state"],
-    ["precision"],
+    ["precision", "descriptions"],
     ["linalg"],
     ["averages", "options", "batches", "layouts"],
     ["params", "iterations", "randomness", "outer_products", "conventions"],
@@ -84,6 +85,18 @@ def test_only_state_and_measurements_touch_the_disk():
             assert not calls.search(path.read_text()), path
 
 
+def test_only_show_config_prints():
+    """No output and no progress bars that nobody has asked for."""
+    for folder in ("kfac_xp", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            assert "print" not in names or path.name == "configuration.py", path
+            imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+            modules = {alias.name for node in imports for alias in node.names}
+            assert not modules & {"tqdm", "rich", "stdout", "stderr"}, path
+
+
 def test_the_package_list_is_complete():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
@@ -110,7 +123,8 @@ def test_importing_is_light():
     code = (
         "import sys, time; import numpy, array_api_compat; start = time.process_time();"
         "import kfac_xp; took = time.process_time() - start;"
-        "heavy = {'numba', 'cupy', 'scipy', 'torch', 'jax', 'autograd'} & set(sys.modules);"
+        "heavy = {'numba', 'cupy', 'scipy', 'torch', 'jax', 'autograd', 'matplotlib', 'tqdm'};"
+        "heavy &= set(sys.modules);"
         "assert not heavy, heavy; print(took)"
     )
     # Of the processor's time, once in three times: other processes may hold the machine.

@@ -8,10 +8,11 @@ from typing import Any
 from kfac_xp.backend import cast
 from kfac_xp.block_tridiagonal.factor import ChainFactor
 from kfac_xp.block_tridiagonal.links import Coupling, Link, multiply_chain, solve_chain
+from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.fisher_blocks import FisherBlock, InputOutputMultiTower
 from kfac_xp.fisher_blocks.base import FactorMaker
 from kfac_xp.fisher_blocks.fully_connected import hint_at_sequences
-from kfac_xp.fisher_factors import FisherFactor
+from kfac_xp.fisher_factors import FisherFactor, facts_of_factors
 from kfac_xp.layer_specs import DenseSpec
 from kfac_xp.linalg import kron
 from kfac_xp.operators import LinearOperator
@@ -168,7 +169,7 @@ class FullyConnectedChainFB(InputOutputMultiTower):
         )
 
 
-class Chain:
+class Chain(Described):
     """Dense layers that follow one another, whose inverse couples neighbours.
 
     See `BlockTridiagonalChain` for the matrix. Made by `LayerCollection.register_chain`, and asked
@@ -186,6 +187,12 @@ class Chain:
         self.name, self._like = name, like
         self.blocks: dict[str, FullyConnectedChainFB] = {}
         self._factor: ChainFactor | None = None
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"layers": " -> ".join(self.blocks)}
+        if self._factor is None:
+            return facts | facts_of_array(self._like)
+        return facts | facts_of_factors([self._factor])
 
     @property
     def factor(self) -> ChainFactor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from kfac_xp.block_tridiagonal.links import (
 )
 from kfac_xp.block_tridiagonal.statistics import ChainStatistics
 from kfac_xp.changes import attributes, make
+from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import (
     as_arrays,
@@ -31,6 +33,8 @@ from kfac_xp.precision import exact_products
 from kfac_xp.representations import DampingKey
 from kfac_xp.state import Saved, StateError, to_numpy
 from kfac_xp.typing import Array, Damping, Params, PiType, Vectors
+
+logger = logging.getLogger("kfac_xp.block_tridiagonal")
 
 RUNGS = ("direct", "float64")
 
@@ -61,7 +65,7 @@ class ChainDecomposition:
     num_updates: int
 
 
-class BlockTridiagonalChain(ChainStatistics):
+class BlockTridiagonalChain(Described, ChainStatistics):
     """K-FAC for a chain of dense layers, with the correlations of neighbouring layers.
 
     `FullyConnectedKFACBasicFB` takes layers to be uncorrelated. Here the Fisher's blocks on the
@@ -157,6 +161,8 @@ class BlockTridiagonalChain(ChainStatistics):
             if passes:
                 powers = _cast_all(links, couplings, self._like.dtype)
                 how = ChainDecomposition(rung, residual, gap, self._average.num_updates)
+                if rung != RUNGS[0]:
+                    logger.info("the layers of %s are decomposed by %r", self.name, rung)
                 make([attributes(self, _powers=powers, _decomposition=how)])
                 return
         trouble = (
@@ -210,6 +216,12 @@ class BlockTridiagonalChain(ChainStatistics):
         info = asdict(self._decomposition)
         info["staleness"] = self._average.num_updates - info.pop("num_updates")
         return info
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"layers": str(len(self.shapes)), **facts_of_array(self._like)}
+        facts["updates"] = str(self._average.num_updates)
+        stale = self.info.get("staleness")
+        return facts if stale is None else facts | {"staleness": str(stale)}
 
     # ------------------------------------------------------------------ state
 

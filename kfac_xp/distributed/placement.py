@@ -25,13 +25,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from html import escape
 from typing import Literal, TypeAlias, get_args
 
 from kfac_xp.distributed.work import Cost, CostFunction, LayerWork, Size, cubic_cost, positive
+from kfac_xp.tables import Table
 
 PlacementStrategy: TypeAlias = Literal["greedy", "round_robin"]
 
@@ -306,22 +308,36 @@ class Placement:
         return sum(f.batch * f.n**2 for layer in mine for f in layer.factors)
 
     def __str__(self) -> str:
+        return "\n\n".join((self._title(), *map(str, self._tables())))
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table._repr_html_() for table in self._tables())
+        return f"<p>{escape(self._title())}</p>{tables}"
+
+    def _title(self) -> str:
         kind = "HYBRID" if self.sends_gradients else "COMM-OPT"
         kind = kind if self.sends_inverses else "MEM-OPT" if self.ranks > 1 else "one rank"
-        title = f"{kind}, {self.strategy}; ranks: {self.ranks}, workers a layer: {self.num_workers}"
-        layers = [("layer", "factor (size): rank", "gradient workers")]
+        return f"{kind}, {self.strategy}; ranks: {self.ranks}, workers a layer: {self.num_workers}"
+
+    def _tables(self) -> tuple[Table, Table]:
+        """Of the layers, and of the ranks."""
+        layers = []
         for layer in self.placed:
             inverses = (f"{f.name} ({_size_words(f)}): {f.rank}" for f in layer.factors)
             workers = _some(self.gradient_workers(layer.name), self.ranks)
             layers.append((layer.name, ", ".join(inverses) or "none", workers))
         most = max(self.loads)
-        loads = [("rank", "load", "of the largest", "inverses", "layers", "served entries")]
+        loads = []
         for rank, load in enumerate(self.loads):
             part = f"{float(load / most):.0%}" if most else "-"
             inverted, mine = f"{len(self.inversions(rank))}", f"{len(self.preconditions(rank))}"
             entries = f"{self.served_entries(rank)}"
             loads.append((f"{rank}", f"{float(load):.3g}", part, inverted, mine, entries))
-        return "\n\n".join((title, _table(layers), _table(loads)))
+        of_ranks = ("rank", "load", "of the largest", "inverses", "layers", "served entries")
+        return (
+            Table(layers, ("layer", "factor (size): rank", "gradient workers")),
+            Table(loads, of_ranks),
+        )
 
     @property
     def _columns(self) -> int:
@@ -352,12 +368,6 @@ def _some(ranks: tuple[int, ...], total: int) -> str:
         return "all"
     shown = [str(rank) for rank in ranks]
     return " ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ("  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in padded)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from kfac_xp.averages import NonFiniteStatisticsError
-from kfac_xp.backend import detached
+from kfac_xp.backend import detached, is_readable, library_of
 from kfac_xp.changes import Change, Rollback, attributes, make
+from kfac_xp.descriptions import place_of
 from kfac_xp.distributed import Communicator, Placement, PlacementStrategy, Shares, Team
 from kfac_xp.estimator.modes import ESTIMATION_MODES, Source, mode_cotangents
-from kfac_xp.estimator.products import BlockwiseProducts
+from kfac_xp.estimator.readable import ReadableEstimator
 from kfac_xp.estimator.shared_statistics import (
     cases_over_ranks,
     sources_over_ranks,
@@ -34,10 +36,13 @@ from kfac_xp.params import map_vectors
 from kfac_xp.randomness import Generator, as_generator, for_cases
 from kfac_xp.representations import require_damping
 from kfac_xp.state import Saveable, Saved
+from kfac_xp.timings import Clock, Timings, Untimed, timed
 from kfac_xp.typing import Array, Damping, Linearization, Params, Scalar
 
+logger = logging.getLogger("kfac_xp.estimator")
 
-class FisherEstimator(Saveable, BlockwiseProducts):
+
+class FisherEstimator(Saveable, ReadableEstimator):
     """Statistics of the layers of a collection and products with the approximate Fisher.
 
     Parameters
@@ -77,6 +82,8 @@ class FisherEstimator(Saveable, BlockwiseProducts):
         ``1 / number of ranks`` for memory. See `kfac_xp.distributed.place`.
     placement_strategy
         Which rank computes which powers: ``"greedy"`` by what they cost, or ``"round_robin"``.
+    timings
+        Whether to measure how long statistics, inverses and products take: see `timings`.
 
     Raises
     ------
@@ -105,6 +112,7 @@ class FisherEstimator(Saveable, BlockwiseProducts):
         communicator: Communicator | None = None,
         grad_worker_fraction: float = 1.0,
         placement_strategy: PlacementStrategy = "greedy",
+        timings: bool = False,
         name: str = "FisherEstimator",
     ) -> None:
         if estimation_mode not in ESTIMATION_MODES:
@@ -137,6 +145,7 @@ class FisherEstimator(Saveable, BlockwiseProducts):
         self._are_equal = False
         self._params_stats: dict[str, Params] | None = None
         self.team, self._work = team, work
+        self._clock: Clock = Timings() if timings else Untimed()
         self._blocks = layer_collection.fisher_blocks
         for block in self._blocks.values():
             block.instantiate_factors([block.tensors_to_compute_grads()], damping)
@@ -146,6 +155,12 @@ class FisherEstimator(Saveable, BlockwiseProducts):
                 block.register_cholesky()
             if compute_cholesky_inverse:
                 block.register_cholesky_inverse()
+        like = self.factors[0].like
+        if isinstance(self._clock, Timings):
+            self._clock.of_launching = not is_readable(like) or library_of(like) == "jax"
+        if logger.isEnabledFor(logging.INFO):
+            ranks = team.communicator.describe()
+            logger.info("%s of %s, %s; %s", name, ", ".join(names), place_of(like), ranks)
 
     @property
     def mat_type(self) -> str:
@@ -334,6 +349,7 @@ class FisherEstimator(Saveable, BlockwiseProducts):
             rollback.undo()
             raise
 
+    @timed("statistics")
     def _average_sources(
         self,
         inputs: Mapping[str, list[Array]],
@@ -343,14 +359,15 @@ class FisherEstimator(Saveable, BlockwiseProducts):
         ema_weight: Scalar | None,
         batch_size: float | None,
     ) -> None:
-        team = self.team
+        team, clock = self.team, self._clock
         with team.agreement() as said:
             said.say(self.num_cases(inputs))
             self._require_equal_towers(inputs)
             of_inputs: dict[FisherFactor, Array] = {}
             for name, block in self._blocks.items():
                 # A factor that several blocks share is averaged once.
-                of_inputs |= block.input_moments(inputs[name], of_inputs)
+                with clock.stage("statistics", name):
+                    of_inputs |= block.input_moments(inputs[name], of_inputs)
             for chain in self.layers.chains.values():
                 of_inputs |= chain.input_moments(inputs)
         shares = said.shares() if shares is None else shares
@@ -362,7 +379,7 @@ class FisherEstimator(Saveable, BlockwiseProducts):
         num_sources = 0
         stats: dict[str, Params] | None = None
         with team.agreement():
-            for s, source in enumerate(sources):
+            for s, source in enumerate(clock.each("gradients", sources)):
                 num_sources += 1
                 if self.compute_params_stats:
                     grads = map_vectors(detached, params_grads_of(source))
@@ -371,7 +388,9 @@ class FisherEstimator(Saveable, BlockwiseProducts):
                     )
                 new: dict[FisherFactor, Array] = {}
                 for name, block in self._blocks.items():
-                    new |= block.source_moments(inputs[name], data_of(block, name, source), s, new)
+                    data = data_of(block, name, source)
+                    with clock.stage("statistics", name):
+                        new |= block.source_moments(inputs[name], data, s, new)
                 for chain in self.layers.chains.values():
                     new |= chain.source_moments(inputs, partial(data_of, source=source), s)
                 add_moments(moments, new)
@@ -401,7 +420,8 @@ class FisherEstimator(Saveable, BlockwiseProducts):
         """
         rollback = self.rollback()
         try:
-            self._work.update_inverses()
+            with self._clock.stage("inverses"):
+                self._work.update_inverses()
         except BaseException as error:
             rollback.undo()
             if isinstance(error, NonFiniteStatisticsError):

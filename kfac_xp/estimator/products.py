@@ -11,7 +11,10 @@ from kfac_xp.fisher_blocks import FisherBlock
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection import LayerCollection
 from kfac_xp.operators import BlockDiagonal, CurvatureMatrix, ModelSpace
+from kfac_xp.timings import Clock, timed
 from kfac_xp.typing import Array, Damping, Params, Scalar, Split, Vectors
+
+Product = Callable[[FisherBlock, Params], Params]
 
 Thunk = Callable[[], Any]
 """A function without arguments that does one piece of work when it is called."""
@@ -24,6 +27,7 @@ class BlockwiseProducts:
     cov_ema_decay: Scalar
     _blocks: dict[str, FisherBlock]
     _work: SharedWork
+    _clock: Clock
 
     @property
     def blocks(self) -> list[FisherBlock]:
@@ -54,6 +58,7 @@ class BlockwiseProducts:
         """Multiply by the inverse of the damped Fisher, as last computed."""
         return self.multiply_matpower(-1, vectors)
 
+    @timed("products")
     def multiply_matpower(self, exp: float, vectors: Vectors) -> dict[str, Params]:
         """Multiply by a power of the damped Fisher, block by block; of chains all layers at once.
 
@@ -73,7 +78,8 @@ class BlockwiseProducts:
         """
         chained = self._chained(vectors)
         if exp == 1:  # of now, of which every rank has all; but for chains
-            now = {n: self._block(n).multiply(v) for n, v in vectors.items() if n not in chained}
+            free = {n: v for n, v in vectors.items() if n not in chained}
+            now = {n: self._product(n, v, _multiply) for n, v in free.items()}
             stored = {n: v for n, v in vectors.items() if n in chained}
         else:
             now, stored = {}, dict(vectors)
@@ -81,7 +87,7 @@ class BlockwiseProducts:
 
         def product(name: str, vector: Params) -> Params:
             if name not in chained:
-                return self._block(name).multiply_matpower(vector, exp)
+                return self._product(name, vector, lambda block, v: block.multiply_matpower(v, exp))
             chain = chained[name]
             if chain.name not in done:
                 done[chain.name] = chain.multiply_matpower(vectors, exp)
@@ -90,6 +96,7 @@ class BlockwiseProducts:
         products = now | (self._work.multiply(stored, product) if stored else {})
         return {name: products[name] for name in vectors}
 
+    @timed("products")
     def multiply_cholesky(self, vectors: Vectors, transpose: bool = False) -> dict[str, Params]:
         """Multiply by L, or its transpose, where ``L @ L.T`` is the damped Fisher.
 
@@ -101,10 +108,9 @@ class BlockwiseProducts:
             Without ``compute_cholesky=True``, or before the first inverse update.
         """
         self._require_registered("compute_cholesky")
-        return self._work.multiply(
-            vectors, lambda name, v: self._block(name).multiply_cholesky(v, transpose)
-        )
+        return self._products(vectors, lambda block, v: block.multiply_cholesky(v, transpose))
 
+    @timed("products")
     def multiply_cholesky_inverse(
         self, vectors: Vectors, transpose: bool = False
     ) -> dict[str, Params]:
@@ -116,8 +122,8 @@ class BlockwiseProducts:
             Without ``compute_cholesky_inverse=True``, or before the first inverse update.
         """
         self._require_registered("compute_cholesky_inverse")
-        return self._work.multiply(
-            vectors, lambda name, v: self._block(name).multiply_cholesky_inverse(v, transpose)
+        return self._products(
+            vectors, lambda block, v: block.multiply_cholesky_inverse(v, transpose)
         )
 
     def matrix(self, damping: Damping = 0.0, split: Split = "pi") -> CurvatureMatrix:
@@ -174,6 +180,14 @@ class BlockwiseProducts:
 
     # ------------------------------------------------------------------ helpers
 
+    def _products(self, vectors: Vectors, product: Product) -> dict[str, Params]:
+        """Of each layer, on the ranks that keep its powers."""
+        return self._work.multiply(vectors, lambda name, v: self._product(name, v, product))
+
+    def _product(self, name: str, vector: Params, product: Product) -> Params:
+        with self._clock.stage("products", name):
+            return product(self._block(name), vector)
+
     def _require_registered(self, option: str) -> None:
         if not getattr(self, option):
             raise RuntimeError(
@@ -194,3 +208,7 @@ class BlockwiseProducts:
         if name not in self._blocks:
             raise KeyError(f"layer {name!r} is not registered; registered: {list(self._blocks)}.")
         return self._blocks[name]
+
+
+def _multiply(block: FisherBlock, vector: Params) -> Params:
+    return block.multiply(vector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,8 @@ from kfac_xp.fisher_factors import FisherFactor, follow, refresh_factors, refres
 from kfac_xp.params import IndexedSlices, as_arrays, map_params
 from kfac_xp.representations import Dense
 from kfac_xp.typing import Array, Params, Vectors
+
+logger = logging.getLogger("kfac_xp.estimator")
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,19 @@ class SharedWork:
                 self._column = whole.split(placement.worker_groups)
                 self._row = whole.split(placement.receiver_groups)
             self._placement, self._key = placement, divided
+            if not self._team.is_alone:
+                logger.info("placement, as on rank %d:\n%s", self._team.rank, placement)
         return self._placement
 
     def keeps(self, factor: FisherFactor) -> bool:
         """Whether this rank keeps the powers of a factor."""
         return self._team.rank in self._keepers(factor)
+
+    def known_keepers(self, factor: FisherFactor) -> tuple[int, ...] | None:
+        """The ranks that keep a factor's powers; None if there is one, or no placement yet."""
+        if self._team.is_alone or self._placement is None:
+            return None
+        return self._keepers(factor)
 
     def _keepers(self, factor: FisherFactor) -> tuple[int, ...]:
         placement = self.placement

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from kfac_xp.changes import Change, attributes, make
+from kfac_xp.descriptions import Described, shapes_words
 from kfac_xp.fisher_blocks.matrices import HasMatrix
-from kfac_xp.fisher_factors import FisherFactor, refresh_factors
+from kfac_xp.fisher_factors import FisherFactor, facts_of_factors, refresh_factors
 from kfac_xp.options import FactorOptions
 from kfac_xp.params import IndexedSlices, require_like
 from kfac_xp.representations import read_damping
@@ -28,7 +29,7 @@ class FactorMaker(Protocol):
         """A new factor, or the one that was made from the same class and arguments."""
 
 
-class FisherBlock(HasMatrix):
+class FisherBlock(Described, HasMatrix):
     """The Fisher of one layer's parameters: factors plus damping, in the layer's shapes.
 
     Life cycle: construct; `register_additional_tower` with each shard's data;
@@ -231,6 +232,14 @@ class FisherBlock(HasMatrix):
         return {}
 
     # ------------------------------------------------------------------ for subclasses
+
+    def _facts(self) -> dict[str, str]:
+        if self._damping is None:
+            return {"towers": str(self.num_registered_towers), "factors": "not made yet"}
+        factors = self.factors
+        sizes = (f"{role} {list(f.moment.shape)}" for role, f in factors.items())
+        facts = {"parameters": shapes_words(self._param_shapes), "factors": ", ".join(sizes)}
+        return facts | facts_of_factors(factors.values())
 
     def _expanded(self, vector: Params) -> Params:
         """The vector in the form that the factors are about."""

@@ -1,5 +1,12 @@
 """Running second moments of layers: the factors that Fisher blocks are made of."""
 
+from kfac_xp.fisher_factors.accounts import (
+    Memory,
+    facts_of_factors,
+    memory_of,
+    num_updates,
+    staleness,
+)
 from kfac_xp.fisher_factors.base import (
     FisherFactor,
     follow,
@@ -83,6 +90,7 @@ __all__ = [
     "FullyConnectedTensorNormalFactor",
     "InverseProvidingFactor",
     "LowRankFactor",
+    "Memory",
     "NaiveDiagonalFactor",
     "NaiveFullFactor",
     "NaiveLowRankFactor",
@@ -95,8 +103,12 @@ __all__ = [
     "Side",
     "SideOfGroups",
     "params_sources",
+    "facts_of_factors",
     "follow",
+    "memory_of",
+    "num_updates",
     "refresh_factors",
     "refresh_powers",
     "require_rank",
+    "staleness",
 ]

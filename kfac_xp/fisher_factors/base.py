@@ -19,6 +19,7 @@ from kfac_xp.batches import (
     require_shape,
 )
 from kfac_xp.changes import Change, Rollback, attributes, make
+from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.fisher_factors.matrix_functions import MatrixFunctions
 from kfac_xp.moments import Moment
 from kfac_xp.operators import LinearOperator
@@ -34,7 +35,7 @@ from kfac_xp.typing import Array, Scalar, Triangles
 _counters: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
-class FisherFactor(MatrixFunctions):
+class FisherFactor(Described, MatrixFunctions):
     """A running second moment and the matrix powers served from it.
 
     A factor is a *moment* (how one batch gives a second moment), a *moving average* of it, and a
@@ -406,8 +407,12 @@ class FisherFactor(MatrixFunctions):
             raise RuntimeError(f"{self.name} has no covariance yet. Call `update_cov` first.")
         return self._average
 
-    def __repr__(self) -> str:
-        return f"<{self.name}: {type(self).__name__} of shape {list(self.moment.shape)}>"
+    def _facts(self) -> dict[str, str]:
+        updates = 0 if self._average is None else self._average.num_updates
+        facts = {"shape": str(list(self.moment.shape)), **facts_of_array(self._like)}
+        facts |= {"updates": str(updates), "powers": self._powers.progress}
+        stale = self.info.get("staleness")
+        return facts if stale is None else facts | {"staleness": str(stale)}
 
 
 def refresh_factors(factors: Iterable[FisherFactor]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from kfac_xp.batches import Placeholder
 from kfac_xp.changes import Change, Rollback, make
+from kfac_xp.descriptions import Described
 from kfac_xp.fisher_blocks import FisherBlock, blocks_factors
 from kfac_xp.fisher_factors import FisherFactor
 from kfac_xp.layer_collection.chains import ChainRegistry
+from kfac_xp.layer_collection.curvature_report import CurvatureReport, make_curvature_report
 from kfac_xp.layer_collection.losses import LossRegistry
 from kfac_xp.layer_collection.report import RegisteredLayer, RegistrationReport, make_report
 from kfac_xp.options import FactorOptions
@@ -19,7 +21,7 @@ from kfac_xp.state import Saveable, Saved
 from kfac_xp.typing import Vectors
 
 
-class LayerCollection(Saveable, ChainRegistry, LossRegistry):
+class LayerCollection(Described, Saveable, ChainRegistry, LossRegistry):
     """The layers and losses of a model.
 
     Layers are registered by the names under which their parameters, inputs and gradients will be
@@ -37,6 +39,15 @@ class LayerCollection(Saveable, ChainRegistry, LossRegistry):
         self.options = FactorOptions().changed(**options)
         self._factors: dict[Any, tuple[FisherFactor, Any]] = {}
         self._finalized = False
+
+    def _facts(self) -> dict[str, str]:
+        entries = sum(layer.num_entries for layer in self._layers.values())
+        return {
+            "layers": str(len(self._layers)),
+            "losses": str(len(self._losses)),
+            "parameters": str(entries),
+            "state": "taken by an estimator" if self._finalized else "open",
+        }
 
     @property
     def fisher_blocks(self) -> dict[str, FisherBlock]:
@@ -112,6 +123,13 @@ class LayerCollection(Saveable, ChainRegistry, LossRegistry):
                 f"{report}"
             )
         return report
+
+    def report(self) -> CurvatureReport:
+        """Every layer with its block, factors, memory, and how its powers were computed.
+
+        That of an estimator or optimizer tells the times and ranks, too.
+        """
+        return make_curvature_report(self._heading(), self._layers, self._blocks)
 
     def finalize(self) -> None:
         """Close the collection: an estimator has taken it.

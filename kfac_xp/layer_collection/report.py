@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kfac_xp.descriptions import shapes_words
 from kfac_xp.layer_specs import LayerSpec
 from kfac_xp.params import param_shapes
+from kfac_xp.tables import Table
 from kfac_xp.typing import Vectors
 
 
@@ -72,13 +74,13 @@ class RegistrationReport:
     problems: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = ("parameters", "shapes", "block (approximation), uses")
-        widths = [max(len(row[i]) for row in (header, *self.rows)) for i in range(2)]
-        lines = [
-            f"{name:<{widths[0]}}  {shapes:<{widths[1]}}  {words}"
-            for name, shapes, words in (header, *self.rows)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        return Table(self.rows, ("parameters", "shapes", "block (approximation), uses"))
 
 
 def make_report(
@@ -101,8 +103,8 @@ def make_report(
         if name in layers:
             words = layers[name].words
             if shapes != layers[name].shapes:
-                words = f"registered with shapes {_joined(layers[name].shapes)}"
-                problems.append(f"{name!r} is {words} and has {_joined(shapes)}")
+                words = f"registered with shapes {shapes_words(layers[name].shapes)}"
+                problems.append(f"{name!r} is {words} and has {shapes_words(shapes)}")
             if name in left_out:
                 problems.append(f"{name!r} is registered, and left out by `left_out`")
         elif name in left_out:
@@ -110,10 +112,10 @@ def make_report(
         else:
             words = "not registered"
             problems.append(f"{name!r} is not registered")
-        rows.append((name, _joined(shapes), words))
+        rows.append((name, shapes_words(shapes), words))
     for name, layer in layers.items():
         if name not in params:
-            rows.append((name, _joined(layer.shapes), f"{layer.words}; no such parameters"))
+            rows.append((name, shapes_words(layer.shapes), f"{layer.words}; no such parameters"))
             problems.append(f"{name!r} is registered and is not among the parameters")
     problems += [
         f"{name!r} is in `left_out` and is not among the parameters"
@@ -121,7 +123,3 @@ def make_report(
         if name not in params
     ]
     return RegistrationReport(tuple(rows), tuple(problems))
-
-
-def _joined(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return " and ".join(str(list(shape)) for shape in shapes)

@@ -6,12 +6,13 @@ import abc
 from typing import Any, Self
 
 from kfac_xp.backend import array_namespace, device_of, is_readable, require_one_place
+from kfac_xp.descriptions import Described, facts_of_array, shape_of, shown_form
 from kfac_xp.params import as_arrays
 from kfac_xp.randomness import Generator
 from kfac_xp.typing import Array, Params
 
 
-class LossFunction(abc.ABC):
+class LossFunction(Described):
     """A function of the model's outputs and targets, summed over cases.
 
     Parameters
@@ -41,6 +42,15 @@ class LossFunction(abc.ABC):
     def dtype(self) -> Any:
         """Dtype of the inputs."""
         return as_arrays(self._inputs)[0].dtype
+
+    def _facts(self) -> dict[str, str]:
+        arrays = as_arrays(self._inputs)
+        targets = "none" if self._targets is None else shown_form(self._targets)
+        return {
+            "inputs": " and ".join(shape_of(a) for a in arrays),
+            **facts_of_array(arrays[0]),
+            "targets": targets,
+        }
 
     @abc.abstractmethod
     def with_targets(self, targets: Array) -> LossFunction:

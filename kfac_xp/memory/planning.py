@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 
 from kfac_xp.backend import itemsize
 from kfac_xp.estimator import FisherEstimator
@@ -23,6 +24,7 @@ from kfac_xp.memory.workspace import (
 )
 from kfac_xp.optimizer import KfacOptimizer
 from kfac_xp.representations import Dense
+from kfac_xp.tables import Table, bytes_words
 
 STAGES = ("statistics", "inverses", "preconditioning", "update")
 
@@ -101,29 +103,31 @@ class MemoryPlan:
         return max(self.peaks.values())
 
     def __str__(self) -> str:
+        return "\n".join([str(self._table()), "", *self._sums()])
+
+    def _repr_html_(self) -> str:
+        sums = "".join(f"<p>{escape(line)}</p>" for line in self._sums())
+        return f"{self._table()._repr_html_()}{sums}"
+
+    def _table(self) -> Table:
         columns = ("averages", "inverses", "velocity", *_WORKSPACES)
-        rows = [["layer", "approximation", *(c.replace("_", " ") for c in columns)]]
+        rows = []
         for layer in self.layers:
-            cells = [_words(getattr(layer, column)) for column in columns]
+            cells = [bytes_words(getattr(layer, column)) for column in columns]
             if not layer.is_modelled:
                 cells[3] = f">= {cells[3]}"
             rows.append([layer.name, layer.approximation, *cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        peaks = ", ".join(f"{stage} {_words(size)}" for stage, size in self.peaks.items())
-        lines += [
-            "",
-            f"kept between steps: {_words(self.kept)}, {_words(self.scratch)} of it by kernels",
+        header = ["layer", "approximation", *(c.replace("_", " ") for c in columns)]
+        return Table(rows, header, numbers=range(2, len(header)))
+
+    def _sums(self) -> list[str]:
+        peaks = ", ".join(f"{stage} {bytes_words(size)}" for stage, size in self.peaks.items())
+        kept, scratch = bytes_words(self.kept), bytes_words(self.scratch)
+        return [
+            f"kept between steps: {kept}, {scratch} of it by kernels",
             f"most at once, with {self.batch_size} cases: {peaks}",
             *self.advice,
         ]
-        return "\n".join(lines)
 
 
 _WORKSPACES = ("statistics", "inverse_update", "preconditioning")
@@ -356,7 +360,7 @@ def _advice(
     limit: int,
 ) -> tuple[str, ...]:
     """What brings a plan below a limit: fewer cases at a time, or fewer numbers kept."""
-    said = [f"a step takes {_words(made.peak)}, the limit is {_words(limit)}:"]
+    said = [f"a step takes {bytes_words(made.peak)}, the limit is {bytes_words(limit)}:"]
     smaller = _largest_batch(collection, made.batch_size, shapes, limit)
     if smaller:
         said.append(
@@ -373,8 +377,8 @@ def _advice(
             if saved >= min(excess, made.peak // 10):
                 said.append(
                     f"- layer {layer.name!r} ({layer.approximation!r}) keeps "
-                    f"{_words(layer.averages + layer.inverses)}; {other!r} would keep "
-                    f"{_words(kept)}."
+                    f"{bytes_words(layer.averages + layer.inverses)}; {other!r} would keep "
+                    f"{bytes_words(kept)}."
                 )
     return tuple(said)
 
@@ -417,11 +421,3 @@ def _largest_batch(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _words(size: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
-        size /= 1000  # type: ignore[assignment]
-    raise AssertionError

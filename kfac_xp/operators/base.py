@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kfac_xp.backend import array_namespace
+from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.params import IndexedSlices
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Scalar
@@ -15,7 +16,7 @@ ROUNDING = 10
 """Eigenvalues below so many machine epsilons of the largest are rounding, and count as zero."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
     """Eigenvectors and eigenvalues of a symmetric matrix: ``M = U diag(w) U.T``.
 
@@ -31,7 +32,7 @@ class Spectrum:
     values: Array
 
 
-class LinearOperator(abc.ABC):
+class LinearOperator(Described):
     """A square matrix, known by what it does.
 
     ``op @ x`` and ``x @ op`` multiply by arrays of the operator's library: a vector [n], or a
@@ -119,8 +120,8 @@ class LinearOperator(abc.ABC):
 
         return np.asarray(self.to_dense(), dtype=dtype)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
+    def _facts(self) -> dict[str, str]:
+        return {"shape": str(list(self.shape)), **facts_of_array(self.like)}
 
     # ------------------------------------------------------------------ symmetric matrices
 

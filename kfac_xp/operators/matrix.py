@@ -9,6 +9,7 @@ import numpy as np
 
 from kfac_xp import state
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
+from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.operators.base import LinearOperator
 from kfac_xp.operators.scipy_views import scipy_operator
 from kfac_xp.operators.spaces import VectorSpace, cast_back
@@ -17,7 +18,7 @@ from kfac_xp.randomness import Generator, generate_random_signs, normal
 from kfac_xp.typing import Array, Scalar
 
 
-class CurvatureMatrix:
+class CurvatureMatrix(Described):
     """A symmetric matrix over parameters, in the form in which it is stored.
 
     ``M @ v`` and ``v @ M`` take
@@ -268,8 +269,9 @@ class CurvatureMatrix:
         product = self.operator.matmul
         return scipy_operator(self.shape, product, product, self.operator.like, takes_columns=True)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.operator!r})"
+    def _facts(self) -> dict[str, str]:
+        form = type(self.operator).__name__
+        return {"form": form, "shape": str(list(self.shape)), **facts_of_array(self.operator.like)}
 
     # ------------------------------------------------------------------ helpers
 

@@ -25,6 +25,7 @@ from kfac_xp.optimizer.updates import (
     regular_update,
 )
 from kfac_xp.params import map_vectors
+from kfac_xp.timings import timed
 from kfac_xp.typing import Array, Scalar, Vectors
 
 
@@ -68,16 +69,17 @@ class DampedUpdates(ReadableOptimizer):
         assert data.curvature is not None
         step = estimator.multiply_inverse(data.grads)
         products = CurvatureMatrixVectorProductComputer.from_batch(self.layers, data.curvature)
-        model = quadratic_model(
-            products,
-            data.grads,
-            step,
-            velocity,
-            mat_type=self.mat_type,
-            damping=self.damping,
-            batch_size=data.sizes.curvature.total,
-            team=estimator.team,
-        )
+        with self._clock.stage("quadratic model"):
+            model = quadratic_model(
+                products,
+                data.grads,
+                step,
+                velocity,
+                mat_type=self.mat_type,
+                damping=self.damping,
+                batch_size=data.sizes.curvature.total,
+                team=estimator.team,
+            )
         return qmodel_update(
             step,
             velocity,
@@ -104,6 +106,7 @@ class DampedUpdates(ReadableOptimizer):
             update, data.grads, self.estimator.multiply, self._omitted_damping(damping)
         )
 
+    @timed("damping")
     def _measure(self, data: StepData, new_params: Vectors) -> None:
         """Adapt the damping to this step's effect on the loss, or note what that will take."""
         assert data.loss_fn is not None
@@ -125,6 +128,7 @@ class DampedUpdates(ReadableOptimizer):
         else:
             self._state = replace(self._state, pending=pending)
 
+    @timed("damping")
     def _with_adapted_damping(self, pending: PendingAdaptation, params: Vectors) -> OptimizerState:
         like = pending.qmodel_change
         change = self._mean_loss(pending.loss_fn, params, pending.weight, like) - pending.loss

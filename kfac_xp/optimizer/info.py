@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kfac_xp.backend import array_namespace, detached, device_of
+from kfac_xp.descriptions import Described, shown
 from kfac_xp.linalg import has_float64
 from kfac_xp.params import as_arrays
 from kfac_xp.state import Saved, StateError
@@ -16,8 +17,8 @@ LossFn = Callable[[Vectors], Scalar]
 """The mean loss on a batch as a function of the parameters."""
 
 
-@dataclass(frozen=True)
-class StepInfo:
+@dataclass(frozen=True, repr=False)
+class StepInfo(Described):
     """What one optimizer step did. Arrays are 0-d and on the device: reading them waits for it.
 
     Parameters
@@ -57,6 +58,14 @@ class StepInfo:
     gradient_norm: Array | None = None
     update_norm: Array | None = None
     is_burnin: bool = False
+
+    def _facts(self) -> dict[str, str]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name.replace("_", " "): shown(value)
+            for name, value in values.items()
+            if value is not None
+        }
 
 
 @dataclass(frozen=True)

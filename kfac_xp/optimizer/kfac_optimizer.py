@@ -19,6 +19,7 @@ from kfac_xp.optimizer.info import (
     OptimizerState,
     StepInfo,
 )
+from kfac_xp.optimizer.messages import DampingLog
 from kfac_xp.optimizer.settings import (
     DEFAULT_MOMENTUM,
     Period,
@@ -118,6 +119,8 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
     average_grads
         With several ranks, whether `grads` and `loss` that are given to `step` are those of the
         rank's own cases, to be averaged over all; False if the caller has done that.
+    timings
+        Whether to measure how long the stages of steps take: see `timings`.
 
     Raises
     ------
@@ -164,6 +167,7 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         grad_worker_fraction: float = 1.0,
         placement_strategy: PlacementStrategy = "greedy",
         average_grads: bool = True,
+        timings: bool = False,
     ) -> None:
         require_settings(
             momentum_type=momentum_type,
@@ -217,7 +221,9 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
             communicator=communicator,
             grad_worker_fraction=grad_worker_fraction,
             placement_strategy=placement_strategy,
+            timings=timings,
         )
+        self._damping_log = DampingLog()
 
     # ------------------------------------------------------------------ steps
 
@@ -284,40 +290,42 @@ damping_increase_rho_threshold, damping_decrease_rho_threshold
         team = self.estimator.team
         rollback = self.estimator.rollback(attributes(self, _state=self._state))
         try:
-            with team.agreement() as said:
-                self._require_arguments(params, net, statistics, grads, loss_fn, curvature_net)
-                batch = None if net is None else LinearizedBatch(self.layers, net, targets)
-                curvature = batch
-                if curvature_net is not None:
-                    curvature = LinearizedBatch(self.layers, curvature_net, curvature_targets)
-                if curvature is not None and self._by_model:
-                    curvature.require_member("jvp")
-                self._say(said, batch, curvature, statistics, batch_size)
-            sizes = self._sizes(said, params)
-            if self._state.num_burnin < self.num_burnin_steps:
-                return self._burn_in(params, batch, targets, statistics, sizes, generator)
-            self.maybe_pre_update_adapt_damping(params)
-            sources, weight = None, sizes.batch.weight if self.average_grads else None
-            with team.agreement():
-                if grads is None:
-                    assert batch is not None
-                    source, grads, loss = gradient_of_data(batch, sizes.batch.total)
-                    sources, weight = [source], 1.0
-                part = checked_gradient(grads, params, self.layers)
-            data = StepData(
-                params,
-                batch,
-                curvature,
-                statistics,
-                loss_fn,
-                generator,
-                sizes,
-                start_mean_gradient(team, part, loss, weight),
-                sources,
-            )
-            if team.is_alone:
-                data.require_finite()
-            return self._updated(data)
+            with self._clock.stage("update"):
+                with team.agreement() as said:
+                    self._require_arguments(params, net, statistics, grads, loss_fn, curvature_net)
+                    batch = None if net is None else LinearizedBatch(self.layers, net, targets)
+                    curvature = batch
+                    if curvature_net is not None:
+                        curvature = LinearizedBatch(self.layers, curvature_net, curvature_targets)
+                    if curvature is not None and self._by_model:
+                        curvature.require_member("jvp")
+                    self._say(said, batch, curvature, statistics, batch_size)
+                sizes = self._sizes(said, params)
+                if self._state.num_burnin < self.num_burnin_steps:
+                    return self._burn_in(params, batch, targets, statistics, sizes, generator)
+                self.maybe_pre_update_adapt_damping(params)
+                sources, weight = None, sizes.batch.weight if self.average_grads else None
+                with team.agreement():
+                    if grads is None:
+                        assert batch is not None
+                        with self._clock.stage("gradients"):
+                            source, grads, loss = gradient_of_data(batch, sizes.batch.total)
+                        sources, weight = [source], 1.0
+                    part = checked_gradient(grads, params, self.layers)
+                data = StepData(
+                    params,
+                    batch,
+                    curvature,
+                    statistics,
+                    loss_fn,
+                    generator,
+                    sizes,
+                    start_mean_gradient(team, part, loss, weight),
+                    sources,
+                )
+                if team.is_alone:
+                    data.require_finite()
+                return self._updated(data)
         except BaseException as error:
             rollback.undo()  # by nothing that a second interrupt could stop half-way
             if isinstance(error, NonFiniteStatisticsError):

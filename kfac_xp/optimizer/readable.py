@@ -6,25 +6,55 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kfac_xp.damping import LevenbergMarquardt
+from kfac_xp.descriptions import Described, shown
 from kfac_xp.estimator import FisherEstimator
 from kfac_xp.fisher_factors import FisherFactor
-from kfac_xp.layer_collection import LayerCollection
+from kfac_xp.layer_collection import CurvatureReport, LayerCollection
 from kfac_xp.linearized_batch import require_layers
 from kfac_xp.optimizer.info import OptimizerState
 from kfac_xp.optimizer.settings import at
+from kfac_xp.timings import Clock, Timings
 from kfac_xp.typing import Array, Params, Scalar, Schedule
 
 
-class ReadableOptimizer:
+class ReadableOptimizer(Described):
     """The properties of an optimizer: of its estimator, of its schedules, of its last step."""
 
     estimator: FisherEstimator
+    momentum_type: str
     qmodel_update_rescale: float | None
     _adaptation: LevenbergMarquardt
     _learning_rate: Schedule | None
     _momentum: Schedule | None
     _damping: Schedule
     _state: OptimizerState
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"step": str(self.counter), "momentum type": self.momentum_type}
+        for what, setting in (("learning rate", self._learning_rate), ("momentum", self._momentum)):
+            facts[what] = "by the quadratic model" if setting is None else shown(setting)
+        adapted = self._state.damping
+        facts["damping"] = shown(self._damping if adapted is None else adapted)
+        rest = self.estimator._facts()
+        del rest["damping"]
+        return facts | rest
+
+    @property
+    def _clock(self) -> Clock:
+        return self.estimator._clock
+
+    @property
+    def timings(self) -> Timings | None:
+        """Times by stage and layer, if the optimizer was made with ``timings=True``; else None.
+
+        Stages are those of `FisherEstimator.timings`, "quadratic model", "damping" (adapting it,
+        with the calls of `loss_fn`) and "update": the rest of a step.
+        """
+        return self.estimator.timings
+
+    def report(self) -> CurvatureReport:
+        """As `FisherEstimator.report`: layers, factors, memory, times, ranks."""
+        return self.estimator._report(self._heading())
 
     @property
     def layers(self) -> LayerCollection:

@@ -11,6 +11,7 @@ from kfac_xp.distributed import Said
 from kfac_xp.linearized_batch import LinearizedBatch, require_layers
 from kfac_xp.optimizer.damped_updates import DampedUpdates
 from kfac_xp.optimizer.info import LossFn, StepInfo
+from kfac_xp.optimizer.messages import DampingLog
 from kfac_xp.optimizer.settings import Period, is_due
 from kfac_xp.optimizer.step_data import Sizes, StepData
 from kfac_xp.optimizer.updates import norm
@@ -26,10 +27,12 @@ class StepStages(DampedUpdates):
     cov_update_every: Period
     invert_every: Period
     average_grads: bool
+    _damping_log: DampingLog
 
     def _updated(self, data: StepData) -> tuple[dict[str, Params], StepInfo]:
         """One step on checked data: statistics, inverses, update, damping."""
         state, damping = self._state, self.damping
+        self._damping_log.note(state.counter, damping, state.rho)
         update_cov = is_due(self.cov_update_every, state.counter)
         update_inverses = is_due(self.invert_every, state.counter)
         if update_cov:

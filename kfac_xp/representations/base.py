@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kfac_xp.changes import Change
+from kfac_xp.descriptions import Described, shown
 from kfac_xp.operators import LinearOperator, Spectrum
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations.requests import Request
@@ -14,7 +15,7 @@ from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Scalar, Triangles
 
 
-class Representation(abc.ABC):
+class Representation(Described):
     """Serves matrix functions of one factor's covariance, in one form of storage."""
 
     def __init__(self, options: FactorOptions) -> None:
@@ -64,6 +65,15 @@ class Representation(abc.ABC):
     def needs_refresh(self) -> bool:
         """True if something is registered that only a refresh computes."""
         return False
+
+    @property
+    def progress(self) -> str:
+        """In words: how many of the matrix functions asked for are stored."""
+        return f"{len(self.stored())} computed" if self.needs_refresh else "made when read"
+
+    def _facts(self) -> dict[str, str]:
+        stored = {f"stored {i}": shown(array) for i, array in enumerate(self.stored())}
+        return {"powers": self.progress, **stored}
 
     def stored(self) -> list[Array]:
         """The arrays that are kept."""

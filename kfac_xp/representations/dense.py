@@ -95,6 +95,12 @@ class Dense(Representation):
         """True if something is registered."""
         return bool(self.cache.requests)
 
+    @property
+    def progress(self) -> str:
+        """In words: how many of the matrix functions asked for are stored."""
+        asked = len(self.cache.requests)
+        return f"{len(self.cache.stored)} of {asked} computed" if asked else "none asked for"
+
     def stored(self) -> list[Array]:
         """The matrix functions as last computed."""
         return list(self.cache.stored.values())

@@ -12,6 +12,7 @@ from kfac_xp.precision import exact_products
 from kfac_xp.representations.attempts import RUNGS, Attempt, Health, Prepared
 from kfac_xp.representations.base import Representation
 from kfac_xp.representations.dense import Dense
+from kfac_xp.representations.messages import log_refresh
 from kfac_xp.representations.solvers import in_stacks, solve
 from kfac_xp.state import to_numpy
 from kfac_xp.typing import Array
@@ -46,6 +47,7 @@ def refresh(
     flagged = [(name, average) for name, average in averages if average.all_finite is not None]
     ways = [_ways(rep, average.value) for _, rep, average in todo]
     work = [(rep, next(way)) for (_, rep, _), way in zip(todo, ways, strict=True)]
+    tried = [prepared.rung for _, prepared in work]
     attempts = attempt_together(work)
     healths, finite = _read_together(attempts, [average.all_finite for _, average in flagged])
     if not all(finite):
@@ -69,6 +71,7 @@ def refresh(
         _require_last_good(*todo[i][:2])
     for i, (_, rep, average) in enumerate(todo):
         rep.commit(None if i in without_way else results[i], average.num_updates)
+    log_refresh({name: (rep.decomposition, tried[i]) for i, (name, rep, _) in enumerate(todo)})
 
 
 def _ways(rep: Dense, value: Array) -> Iterator[Prepared]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from kfac_xp.backend import as_number, is_readable
 from kfac_xp.changes import Change, attributes
+from kfac_xp.descriptions import shown
 from kfac_xp.state import Saved, StateError
 from kfac_xp.typing import Array, Damping, Scalar
 
@@ -106,7 +107,8 @@ class DampingKey:
         return hash(self._key)
 
     def __repr__(self) -> str:
-        return repr(self.damping)
+        is_array = hasattr(self.damping, "dtype")  # whose repr would read the device
+        return shown(self.damping) if is_array else repr(self.damping)
 
 
 @dataclass(frozen=True)
