@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from os.path import relpath
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -78,13 +80,27 @@ def members(cls: type) -> list[str]:
     ]
 
 
-def description(name: str) -> str:
-    """The directive for one public name."""
-    value = getattr(kfac_xp, name)
+def description(name: str, module: ModuleType = kfac_xp) -> str:
+    """The directive for one public name of a module."""
+    value, path = getattr(module, name), f"{module.__name__}.{name}"
     if inspect.isclass(value):
         listed = f"\n   :members: {', '.join(members(value))}" if members(value) else ""
-        return f".. autoclass:: kfac_xp.{name}\n   :show-inheritance:{listed}"
-    return f".. auto{'function' if callable(value) else 'data'}:: kfac_xp.{name}"
+        return f".. autoclass:: {path}\n   :show-inheritance:{listed}"
+    return f".. auto{'function' if callable(value) else 'data'}:: {path}"
+
+
+def integration_page() -> str:
+    """The names of each integration whose library is installed where the site is built."""
+    parts = ["Integrations\n============\n\nImported by name: see :doc:`/frameworks`."]
+    for library in ("torch", "jax", "autograd"):
+        path = f"kfac_xp.integrations.{library}"
+        parts.append(f"``{path}``\n{'-' * (len(path) + 4)}")
+        if find_spec(library) is None:
+            parts.append(f"Written where {library} is installed, which it was not here.")
+            continue
+        module = import_module(path)
+        parts += [description(name, module) for name in module.__all__]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_pages(app: Sphinx) -> None:
@@ -98,6 +114,8 @@ def write_pages(app: Sphinx) -> None:
         heading = title[0].upper() + title[1:]
         text = "\n\n".join(description(name) for name in listed)
         pages[GENERATED / f"{names[-1]}.rst"] = f"{heading}\n{'=' * len(heading)}\n\n{text}\n"
+    names.append("integrations")
+    pages[GENERATED / "integrations.rst"] = integration_page()
     contents = "\n   ".join(names)
     pages[GENERATED / "api.rst"] = (
         "API reference\n=============\n\n"

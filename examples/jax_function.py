@@ -15,10 +15,8 @@ from kfac_xp.integrations.jax import register
 def network(params, images):
     """A convolution, ``tanh`` and a dense layer: [N, 8, 8, 1] to logits [N, 10]."""
     conv, dense = params["conv"], params["logits"]
-    numbers = ("NHWC", "HWIO", "NHWC")
-    h = jax.lax.conv_general_dilated(
-        images, conv["kernel"], (2, 2), "SAME", dimension_numbers=numbers
-    )
+    axes = ("NHWC", "HWIO", "NHWC")
+    h = jax.lax.conv_general_dilated(images, conv["kernel"], (2, 2), "SAME", dimension_numbers=axes)
     h = jnp.tanh(h + conv["bias"]).reshape(images.shape[0], -1)
     return h @ dense["kernel"] + dense["bias"]
 

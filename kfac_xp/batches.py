@@ -215,7 +215,8 @@ def require_shape(name: str, array: Array, shape: Sequence[int | str], why: str)
         )
     if given[0] == 0:
         raise ValueError(
-            f"`{name}` holds no cases: its shape is {given}. Skip the update for an empty batch."
+            f"`{name}` holds no cases: its shape is {given}. Skip the update for an empty batch; "
+            "of several ranks, each must have at least one case."
         )
 
 

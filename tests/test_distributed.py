@@ -532,6 +532,7 @@ from tests import training_on_ranks as training
 communicator = kfac_xp.MpiCommunicator()
 scenario = training.Scenario("empirical", "regular", "mem", "kron")
 params = training.start()
+{first}
 optimizer = training.optimizer_of(scenario, params, communicator)
 for step in range(6):
     if step == 4 and communicator.rank == 1:
@@ -547,11 +548,15 @@ print("went on to the end")
         ("raise OSError('no more data')", "OSError: no more data"),
         ("training.TanhNet.vjp = None", "TypeError: 'NoneType' object is not callable"),
         ("os.kill(os.getpid(), signal.SIGKILL)", ""),
+        (None, "must be the same on all ranks"),
     ],
-    ids=["raises outside", "raises in a step", "killed"],
+    ids=["raises outside", "raises in a step", "killed", "other shapes"],
 )
 def test_processes_end_with_one_that_fails(what, message):
-    done, seconds = mpi_run(3, "-c", FAULT.format(what=what), seconds=60)
+    wider = "{'one': (np.ones((3, 5)), np.ones(5)), 'two': (np.ones((5, 3)), np.ones(3))}"
+    first = "" if what else f"if communicator.rank: params = {wider}"
+    program = FAULT.format(what=what or "pass", first=first)
+    done, seconds = mpi_run(3, "-c", program, seconds=60)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
     assert "went on" not in done.stdout

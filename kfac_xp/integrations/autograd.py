@@ -26,6 +26,8 @@ from kfac_xp.integrations.uses import joined
 from kfac_xp.params import as_arrays, map_params, map_vectors
 from kfac_xp.typing import Array, Params, Vectors
 
+__all__ = ["Linearization", "linearize"]
+
 
 def linearize(function: Callable[..., Any], params: Vectors, *inputs: Any) -> Linearization:
     """Linearise a function of parameters at `params`, on one batch.
