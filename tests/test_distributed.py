@@ -58,6 +58,7 @@ def test_ranks_train_as_one_process(scenario):
     assert max(found) <= 1e-10
 
 
+@pytest.mark.more
 def test_every_library(xp):
     scenario = training.Scenario("gradients", "regular", "mem", "kron")
     found = results_of(2, lambda c: training.difference(scenario, c, xp, steps=4))
