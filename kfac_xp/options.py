@@ -43,9 +43,10 @@ class FactorOptions:
         How a factor of a series block decomposes its correlation over time: ``"self_adjoint"``
         (absolute eigenvalues) or ``"svd"``.
     eigh_method
-        How powers that go by eigenvectors get them: ``"eigh"``, or ``"orthogonal_iteration"``,
-        which turns the last ones by products and a QR decomposition, and keeps them for that; by
-        ``"eigh"`` the first time, and where that fails its check.
+        How eigenvectors are computed: ``"eigh"``; or from the last ones, which are kept for that,
+        by ``"refinement"``, rotations of all pairs at once made of matrix products, or by
+        ``"orthogonal_iteration"``, a product and a QR decomposition. These two by ``"eigh"`` the
+        first time, and where that fails its check.
     dtype
         Dtype of the statistics; that of the data, and at least float32, if None.
     precision

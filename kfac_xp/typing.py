@@ -37,7 +37,7 @@ Sources: TypeAlias = Array | Iterable[Array | Iterable[Array]]
 
 InverseMethod: TypeAlias = Literal["cholesky", "matrix_inverse", "eig", "newton_schulz"]
 EigMethod: TypeAlias = Literal["self_adjoint", "svd"]
-EighMethod: TypeAlias = Literal["eigh", "orthogonal_iteration"]
+EighMethod: TypeAlias = Literal["eigh", "orthogonal_iteration", "refinement"]
 Precision: TypeAlias = Literal["highest", "high"]
 PiType: TypeAlias = Literal["tracenorm", "frobenius", "largest_eigenvalue", "off"]
 Split: TypeAlias = Literal["pi", "exact"]

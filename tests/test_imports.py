@@ -21,7 +21,7 @@ ORDER = [
     ["precision", "descriptions"],
     ["linalg"],
     ["averages", "options", "batches", "layouts"],
-    ["params", "iterations", "randomness", "outer_products", "conventions"],
+    ["params", "iterations", "refinement", "randomness", "outer_products", "conventions"],
     ["ops", "operators"],
     ["distributed"],
     ["layer_specs", "patch_covariance", "damping", "representations"],

@@ -61,7 +61,7 @@ def _invert_lower_triangle(matrix: Any) -> bool:
         if not failed:
             potri(matrix.T, lower=False, overwrite_c=True)
         return not failed
-    if not _invert_factor(matrix):
+    if not invert_factor(matrix):
         return False
     _square(matrix)
     return True
@@ -71,7 +71,7 @@ def _invert_lower_triangle(matrix: Any) -> bool:
 # By halves
 
 
-def _invert_factor(matrix: Any) -> bool:
+def invert_factor(matrix: Any) -> bool:
     """Overwrite a matrix by W, the inverse of its Cholesky factor, with zeros above the diagonal.
 
     For a matrix ``[[A, .], [B, D]]`` the factor's lower left block is ``L = B W_A.T``, what is left
@@ -83,16 +83,16 @@ def _invert_factor(matrix: Any) -> bool:
         return _invert_factor_of_leaf(matrix)
     h = n // 2
     a, b, d = matrix[:h, :h], matrix[h:, :h], matrix[h:, h:]
-    if not _invert_factor(a):
+    if not invert_factor(a):
         return False
     factor = np.empty_like(b)
-    _lower_times(a, b.T, factor.T)
-    for part in _panels(n - h):
+    lower_times(a, b.T, factor.T)
+    for part in panels(n - h):
         d[part, : part.stop] -= factor[part] @ factor[: part.stop].T
     np.negative(factor, out=b)
-    if not _invert_factor(d):
+    if not invert_factor(d):
         return False
-    _lower_times(d, b, factor)
+    lower_times(d, b, factor)
     _lower_transposed_times(a, factor.T, b.T)
     matrix[:h, h:] = 0
     return True
@@ -110,7 +110,7 @@ def _square(w: Any) -> None:
     h = n // 2
     a, b, d = w[:h, :h], w[h:, :h], w[h:, h:]
     _square(a)
-    for part in _panels(h):
+    for part in panels(h):
         a[part, : part.stop] += b[:, part].T @ b[:, : part.stop]
     product = np.empty_like(b)
     _lower_transposed_times(d, b, product)
@@ -118,19 +118,19 @@ def _square(w: Any) -> None:
     _square(d)
 
 
-def _lower_times(lower: Any, x: Any, out: Any) -> None:
+def lower_times(lower: Any, x: Any, out: Any) -> None:
     """``out = L @ x`` for a lower triangular L."""
-    for part in _panels(lower.shape[0]):
+    for part in panels(lower.shape[0]):
         np.matmul(lower[part, : part.stop], x[: part.stop], out=out[part])
 
 
 def _lower_transposed_times(lower: Any, x: Any, out: Any) -> None:
     """``out = L.T @ x`` for a lower triangular L."""
-    for part in _panels(lower.shape[0]):
+    for part in panels(lower.shape[0]):
         np.matmul(lower[part.start :, part].T, x[part.start :], out=out[part])
 
 
-def _panels(n: int) -> list[slice]:
+def panels(n: int) -> list[slice]:
     """Cuts n rows into panels of about equal size."""
     count = max(1, round(n / _PANEL))
     edges = [n * i // count for i in range(count + 1)]
@@ -139,7 +139,7 @@ def _panels(n: int) -> list[slice]:
 
 @compiled
 def _invert_factor_of_leaf(a):
-    """`_invert_factor` of a small matrix [n, n]: writes every element; reads the lower triangle."""
+    """`invert_factor` of a small matrix [n, n]: writes every element; reads the lower triangle."""
     n = a.shape[0]
     for i in range(n):
         for j in range(i + 1):

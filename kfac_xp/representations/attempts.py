@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from kfac_xp.backend import array_namespace, device_of
 from kfac_xp.operators import without_rounding
+from kfac_xp.refinement import relative_residual
 from kfac_xp.representations.requests import Request
 from kfac_xp.representations.solvers import Task
 from kfac_xp.typing import Array, Scalar
@@ -16,12 +18,19 @@ RUNGS = ("warm", "direct", "jitter", "float64", "clipped eigenvalues", "last goo
 """Ways of decomposing, tried in this order until one passes its check.
 
 ``"warm"`` starts from what was computed last, and exists only where the options ask for it
-(`posdef_inv_method="newton_schulz"`, `eigh_method="orthogonal_iteration"`) and there is such a
-start. ``"direct"`` is the decomposition itself.
+(`posdef_inv_method="newton_schulz"`, `eigh_method="refinement"`) and there is such a start.
+``"direct"`` is the decomposition itself.
 """
 
 MAX_RESIDUAL = 1e-2
 """The residual that passes: see `Decomposition`."""
+
+MAX_BASIS_RESIDUAL = 0.1
+"""The residual of warm eigenvectors that passes where nothing but they are kept: for EKFAC.
+
+EKFAC measures its eigenvalues in whatever basis there is, so that an error of the basis counts by
+its square, and exact eigenvectors are off by as much after a few steps: ``docs/inverses.md``.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,8 @@ class Decomposition:
         Of inverses, the largest entry of ``(C + damping I) inverse p - p`` for a probe p of size
         1, or if they are warm the bound on ``|I - (C + damping I) inverse|_F``, if that is
         larger. Of warm eigenvectors, the root mean square over rows of what they leave off the
-        diagonal, relative to the damped eigenvalues on both sides. 0 where there is nothing to
-        check.
+        diagonal, relative to the damped eigenvalues on both sides; after `"refinement"` it is an
+        estimate (`relative_residual`). 0 where there is nothing to check.
     condition
         Estimate of the condition number of the worst damped covariance, in the 1-norm.
     num_updates
@@ -98,12 +107,15 @@ class Eigen:
     values, vectors
         In no order that is promised.
     rest
-        ``vectors.T @ cov @ vectors`` off the diagonal; None where it is rounding.
+        ``vectors.T @ cov @ vectors`` off the diagonal; None where it is rounding, or not known.
+    cov
+        The covariance, where what is off the diagonal is to be estimated with it.
     """
 
     values: Array
     vectors: Array
     rest: Array | None = None
+    cov: Array | None = None
 
     @functools.cached_property
     def packed(self) -> Array:
@@ -130,6 +142,9 @@ class Eigen:
         # Of a matrix that is zero, too: infinite, and not NaN, which stands for a failure.
         condition = xp.where(least > 0, xp.max(damped) / some, xp.full_like(least, float("inf")))
         checks = without_residual(array, condition)
+        if self.cov is not None:
+            residual = relative_residual(self.cov, self.values, self.vectors, damping)
+            return checks + xp.stack([residual, xp.zeros_like(residual)])
         if self.rest is None:
             return checks
         # With D the damped eigenvalues, D^-1/2 rest D^-1/2 is the relative error of the matrix.
@@ -160,6 +175,8 @@ class Attempt:
         What was added to the diagonal beyond the damping.
     basis
         The eigenvectors, if the next refresh may start from them.
+    is_warm_basis
+        Whether all there is are eigenvectors made from the last ones.
     """
 
     rung: str
@@ -167,6 +184,7 @@ class Attempt:
     checks: list[Array]
     jitter: Scalar
     basis: Array | None = None
+    is_warm_basis: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,11 +194,25 @@ class Health:
     residual: float
     condition: float
     jitter: float
+    is_warm_basis: bool
 
     @property
     def passes(self) -> bool:
         """Whether its matrices may be used."""
-        return self.residual <= MAX_RESIDUAL and self.condition == self.condition
+        limit = MAX_BASIS_RESIDUAL if self.is_warm_basis else MAX_RESIDUAL
+        return self.residual <= limit and self.condition == self.condition
+
+
+def least(dampings: Iterable[Scalar]) -> Scalar:
+    """The smallest of some dampings, numbers or 0-d arrays, without reading any."""
+    smallest, *others = dampings
+    for damping in others:
+        if isinstance(smallest, float) and isinstance(damping, float):
+            smallest = min(smallest, damping)
+        else:
+            zero = 0 * (damping if isinstance(smallest, float) else smallest)
+            smallest = array_namespace(zero).minimum(smallest + zero, damping + zero)
+    return smallest
 
 
 def relative_jitter(cov: Array, dtype: Any = None) -> Array:

@@ -18,6 +18,7 @@ from kfac_xp.representations.attempts import (
     Eigen,
     Health,
     Prepared,
+    least,
     relative_jitter,
     without_residual,
 )
@@ -221,7 +222,9 @@ class Dense(Representation):
         ]
         if self._needs_eigen(by_eigh, rung):
             start = self.basis if warm else None
-            tasks.append(Task(self.options.eigh_method, cov, dtype, start=start))
+            tasks.append(
+                Task(self.options.eigh_method, cov, dtype, least(dampings.values()), start)
+            )
         if warm and not any(task.is_warm for task in tasks):
             return None
         return Prepared(rung, value, dtype, jitter, dampings, inverses, tasks)
@@ -231,16 +234,21 @@ class Dense(Representation):
         value = prepared.value
         count = len(prepared.inverses)
         inverses = dict(zip(prepared.inverses, solved[:count], strict=True))
-        eigen = None if len(solved) == count else self._eigen_of(prepared, *solved[count])
+        eigen = None
+        if len(solved) > count:
+            eigen = self._eigen_of(prepared, *solved[count])
+            if prepared.tasks[count].way == "refinement":
+                eigen = replace(eigen, cov=cast(self.cov_of(value), prepared.dtype))
         arrays, checks = self._compute(prepared, cast(value, prepared.dtype), inverses, eigen)
         arrays = {request: cast(a, value.dtype) for request, a in arrays.items()}
         if prepared.dtype != value.dtype:
             # What is finite in float64 may be too large for the statistics' dtype.
             checks = checks + [without_residual(a) for a in arrays.values()]
         basis = None
-        if eigen is not None and self.options.eigh_method == "orthogonal_iteration":
+        if eigen is not None and self.options.eigh_method != "eigh":
             basis = cast(eigen.vectors, value.dtype)
-        return Attempt(prepared.rung, arrays, checks, prepared.jitter, basis)
+        is_basis = prepared.rung == "warm" and all(r.kind == "eigenbasis" for r in arrays)
+        return Attempt(prepared.rung, arrays, checks, prepared.jitter, basis, is_basis)
 
     def commit(self, result: tuple[Attempt, Health] | None, num_updates: int) -> None:
         """Store an attempt that passed, with its checks as read; None keeps the last one."""

@@ -131,6 +131,6 @@ def _read_together(
         # NumPy's maximum of a NaN and anything is NaN.
         residual, condition = rows[start : start + len(a.checks)].max(axis=0).tolist()
         jitter = a.jitter if isinstance(a.jitter, float) else next(jitters)
-        healths.append(Health(residual, condition, jitter))
+        healths.append(Health(residual, condition, jitter, a.is_warm_basis))
         start += len(a.checks)
     return healths, [value == 1 for value in jitters]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfac_xp import linalg
-from kfac_xp.backend import array_namespace, cast, device_of, library_of
+from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of, library_of
 from kfac_xp.iterations import newton_schulz, orthogonal_iteration
+from kfac_xp.refinement import refined_eigenvectors
 from kfac_xp.typing import Array, Scalar
 
 STACK_BYTES = 2**26
@@ -29,7 +30,8 @@ class Task:
     dtype
         What to compute in.
     damping
-        Of an inverse: added to the diagonal.
+        Of an inverse: added to the diagonal. Of eigenvectors: what their eigenvalues are to be
+        known relative to.
     start
         For a warm method, the last inverse or the last eigenvectors; None for the cold way.
     """
@@ -62,8 +64,11 @@ class Task:
         return linalg.add_to_diagonal(cast(self.matrix, self.dtype), self.damping)
 
 
-_COLD = {"newton_schulz": "cholesky", "orthogonal_iteration": "eigh"}
+_COLD = {"newton_schulz": "cholesky", "orthogonal_iteration": "eigh", "refinement": "eigh"}
 """What each warm method does without a start."""
+
+_EIGENVECTORS = ("eigh", "orthogonal_iteration", "refinement")
+"""Methods that decompose the covariance without damping."""
 
 
 def largest_stacked(way: str, like: Array) -> int:
@@ -84,7 +89,7 @@ def largest_stacked(way: str, like: Array) -> int:
     Methods that are not named are solved one by one. The numbers for CuPy are set by what NVIDIA
     says of the routines; they have not been measured on a card.
     """
-    if way not in ("cholesky", "eigh", "newton_schulz", "orthogonal_iteration"):
+    if way not in ("cholesky", "eigh", *_COLD):
         return 0
     library = library_of(like)
     if library == "numpy":
@@ -121,19 +126,22 @@ def solve(tasks: Sequence[Task]) -> list[tuple[Array, ...]]:
     """Solve tasks of one kind: of each an inverse and its checks, or eigenvalues and vectors.
 
     Checks are those of `inverse_checks`; a warm inverse's residual is at least the bound that
-    `newton_schulz` gives. Warm eigenvectors come with what they leave off the diagonal.
+    `newton_schulz` gives. Those of `orthogonal_iteration` come with what they leave off the
+    diagonal.
     """
     if len(tasks) == 1:
         return [_solve_one(tasks[0])]
     xp, way = array_namespace(tasks[0].matrix), tasks[0].way
-    start = None
+    start, damping = None, 0.0
     if tasks[0].is_warm:
         start = xp.stack([cast(t.start, t.dtype) for t in tasks])
-    if way in ("eigh", "orthogonal_iteration"):
+    if way in _EIGENVECTORS:
         matrices = xp.stack([cast(t.matrix, t.dtype) for t in tasks])
+        if way == "refinement":
+            damping = xp.stack([_as_0d(t.damping, matrices) for t in tasks])
     else:
         matrices = xp.stack([t.damped for t in tasks])
-    parts = _solved(way, matrices, start)
+    parts = _solved(way, matrices, start, damping)
     return [tuple(part[i, ...] for part in parts) for i in range(len(tasks))]
 
 
@@ -141,18 +149,29 @@ def _solve_one(task: Task) -> tuple[Array, ...]:
     matrix, way = cast(task.matrix, task.dtype), task.way
     if way == "newton_schulz":
         return _solved(way, task.damped, cast(task.start, task.dtype))
-    if way in ("eigh", "orthogonal_iteration"):
-        return _solved(way, matrix, cast(task.start, task.dtype) if task.is_warm else None)
+    if way in _EIGENVECTORS:
+        start = cast(task.start, task.dtype) if task.is_warm else None
+        return _solved(way, matrix, start, as_scalar_like(task.damping, matrix))
     inverse = linalg.psd_inv(matrix, task.damping, way)  # type: ignore[arg-type]
     return inverse, linalg.inverse_checks(matrix, inverse, task.damping)
 
 
-def _solved(way: str, matrices: Array, start: Array | None) -> tuple[Array, ...]:
+def _as_0d(x: Scalar, like: Array) -> Array:
+    x = as_scalar_like(x, like)
+    place = {"dtype": like.dtype, "device": device_of(like)}
+    return array_namespace(like).asarray(x, **place) if isinstance(x, float) else x
+
+
+def _solved(
+    way: str, matrices: Array, start: Array | None, damping: Scalar = 0.0
+) -> tuple[Array, ...]:
     """Of a matrix or of each of a stack; inverses are those of the matrices as they are."""
     if way == "eigh":
         return linalg.psd_eigh(matrices, clip=None)
     if way == "orthogonal_iteration":
         return orthogonal_iteration(matrices, start)
+    if way == "refinement":
+        return refined_eigenvectors(matrices, start, damping)
     if way == "cholesky":
         inverses = linalg.inverse_of_damped(matrices)
         return inverses, linalg.inverse_checks.reference(matrices, inverses, 0.0)
