@@ -62,7 +62,7 @@ def refined_eigenvectors(matrix: Array, basis: Array, damping: Scalar) -> tuple[
     values = xp.linalg.diagonal(rotated)
     rest = rotated - values[..., None] * identity_like(rotated)
     damped = xp.where(values > 0, values, xp.zeros_like(values))
-    damped = damped + (damping if isinstance(damping, float) else damping[..., None])
+    damped = damped + (damping if isinstance(damping, (int, float)) else damping[..., None])
     noise = xp.max(damped, axis=-1, keepdims=True) * (8 * n**0.5 * float(info.eps))
     least = noise + float(info.smallest_normal)
     scales = xp.where(damped > least, damped, least) ** -0.5
