@@ -158,15 +158,12 @@ def measure(args: Any) -> dict[str, list[tuple[float, float, float]]]:
             continue
         net = model.linearize(run.params, data.training[0])
         grads = case_gradients(net, None, step)
-        mean = {
-            name: g.mean(axis=0) for name, g in case_gradients(net, data.training[1], 0).items()
-        }
+        given = case_gradients(net, data.training[1], step)
         for name in LAYERS:
             looks = [factors[name] for factors in history]
             for kind, bases in kinds(looks, rng):
-                worst = max(
-                    residual(*x[:1], u, x[1]) for x, u in zip(looks[-1], bases, strict=True)
-                )
+                pairs = zip(looks[-1], bases, strict=True)
+                worst = max(residual(cov, u, damping) for (cov, damping), u in pairs)
                 how = worst, *qualities(grads[name], given[name].mean(axis=0), bases, args.damping)
                 found.setdefault(kind, []).append(how)
     return found

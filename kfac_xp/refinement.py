@@ -12,7 +12,7 @@ from kfac_xp.linalg import (
 )
 from kfac_xp.typing import Array, Scalar
 
-NUM_PROBES = 16
+NUM_PROBES = 8
 """Vectors that `relative_residual` is estimated with."""
 
 
@@ -90,9 +90,9 @@ def relative_residual(matrix: Array, values: Array, vectors: Array, damping: Sca
 
     With ``D = diag(values) + damping`` the root mean square over rows of
     ``D^-1/2 (V^T C V - diag(values)) D^-1/2``, the relative error of ``V D V^T``, and that of
-    ``V^T V - I``. The two Frobenius norms are estimated, without a product of matrices, by 16
+    ``V^T V - I``. The two Frobenius norms are estimated, without a product of matrices, by 8
     vectors of signs, of which the mean squared image is the square of the norm: to some 10 %. Up
-    to 16 rows by the unit vectors, to rounding.
+    to 8 rows by the unit vectors, to rounding.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def relative_residual(matrix: Array, values: Array, vectors: Array, damping: Sca
 
 
 def _signs(like: Array) -> Array:
-    """The same signs in every call, without a pattern: shape [n, 16]."""
+    """The same signs in every call, without a pattern: shape [n, 8]."""
     xp = array_namespace(like)
     index = xp.arange(like.shape[0], dtype=like.dtype, device=device_of(like))[:, None]
     column = xp.arange(1, NUM_PROBES + 1, dtype=like.dtype, device=device_of(like))

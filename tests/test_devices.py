@@ -193,10 +193,11 @@ class TestTrainingSteps:
         )(place)
         assert len(watch.reads) == 1
 
-    def test_inverses_that_start_from_the_last(self, far):
+    @pytest.mark.parametrize("method", ["orthogonal_iteration", "refinement"])
+    def test_inverses_that_start_from_the_last(self, far, method):
         place, watch = far
         layers, params = public_names.tanh_layers(
-            place, posdef_inv_method="newton_schulz", eigh_method="orthogonal_iteration"
+            place, posdef_inv_method="newton_schulz", eigh_method=method
         )
         estimator = kfac_xp.FisherEstimator(layers, 0.5, exps=(-1, -0.5), estimation_mode="exact")
         batch = public_names.tanh_batch(place, params)

@@ -118,9 +118,10 @@ class EKFACContract(BlockContract):
             with pytest.raises(RuntimeError, match="has no eigenbasis yet"):
                 call()
 
-    def test_warm_eigenvectors(self, xp, rng):
+    @pytest.mark.parametrize("method", ["orthogonal_iteration", "refinement"])
+    def test_warm_eigenvectors(self, xp, rng, method):
         """S is the best diagonal in whatever orthonormal basis there is."""
-        block = self.make(xp, rng, eigh_method="orthogonal_iteration")
+        block = self.make(xp, rng, eigh_method=method)
         inputs, grads = self.data(xp, rng, n=40)
         block.update_cov(inputs=inputs, outputs_grads=grads, ema_decay=0.0)
         block.update_inverses()

@@ -149,11 +149,12 @@ def test_a_few_cases_at_a_time(form, approx, monkeypatch):
     assert_close(measured(np, form, approx, data).matrix().to_dense(), whole, 1e-9)
 
 
+@pytest.mark.parametrize("method", ["orthogonal_iteration", "refinement"])
 @pytest.mark.parametrize(("form", "approx"), EKFAC)
-def test_warm_eigenvectors(form, approx):
+def test_warm_eigenvectors(form, approx, method):
     """S is the best diagonal in whatever orthonormal basis there is, groups in stacks too."""
     data = drawn(form, 30)
-    block = measured(np, form, approx, data, eigh_method="orthogonal_iteration")
+    block = measured(np, form, approx, data, eigh_method=method)
     for step in range(3):
         moved = data[1] * (1 + 0.01 * step)
         update(np, block, data[0], moved)

@@ -154,11 +154,12 @@ def test_ten_thousand_updates_stay_symmetric_and_true():
     assert np.array_equal(inverse, inverse.T)
 
 
-def test_five_hundred_bases_keep_their_digits():
+@pytest.mark.parametrize("method", ["orthogonal_iteration", "refinement"])
+def test_five_hundred_bases_keep_their_digits(method):
     """Each starts from the last, and the corrected eigenvalues of EKFAC are turned into each."""
     rng = np.random.default_rng(0)
     batches = rng.normal(size=(20, 40, 5)).astype(np.float32)
-    block = kfac_xp.FullyConnectedEKFACFB(None, eigh_method="orthogonal_iteration")
+    block = kfac_xp.FullyConnectedEKFACFB(None, eigh_method=method)
     block.register_additional_tower(batches[0, :, :3], batches[0, :, 3:])
     block.instantiate_factors([[batches[0, :, 3:]]], 1.0)
     norms, weights, rungs = 0.0, 0.0, []

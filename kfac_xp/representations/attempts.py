@@ -128,6 +128,8 @@ class Eigen:
         The residual is what ``V V^T p - p`` leaves of a probe p of size 1, and that of `checks`.
         """
         xp, v = array_namespace(self.vectors), self.vectors
+        if self.cov is not None:  # the estimate knows of both, and of what is not finite
+            return xp.stack([self._residual(damping), self._condition(damping)])
         index = xp.arange(v.shape[-1], dtype=v.dtype, device=device_of(v))
         probe = xp.cos(index * index)[:, None]
         image = xp.matmul(v, xp.matmul(xp.matrix_transpose(v), probe))
@@ -136,21 +138,28 @@ class Eigen:
 
     def checks(self, array: Array, damping: Scalar) -> Array:
         """Residual and condition, shape [2], of a function of the damped covariance."""
-        xp, damped = array_namespace(array), self.values + damping
-        least = xp.min(damped)
-        some = xp.where(least > 0, least, xp.ones_like(least))
-        # Of a matrix that is zero, too: infinite, and not NaN, which stands for a failure.
-        condition = xp.where(least > 0, xp.max(damped) / some, xp.full_like(least, float("inf")))
-        checks = without_residual(array, condition)
-        if self.cov is not None:
-            residual = relative_residual(self.cov, self.values, self.vectors, damping)
-            return checks + xp.stack([residual, xp.zeros_like(residual)])
-        if self.rest is None:
+        checks = without_residual(array, self._condition(damping))
+        if self.cov is None and self.rest is None:
             return checks
-        # With D the damped eigenvalues, D^-1/2 rest D^-1/2 is the relative error of the matrix.
-        relative = self.rest * self.rest / (damped[:, None] * damped[None, :])
-        residual = xp.sqrt(xp.sum(relative) / damped.shape[0])
+        residual, xp = self._residual(damping), array_namespace(array)
         return checks + xp.stack([residual, xp.zeros_like(residual)])
+
+    def _residual(self, damping: Scalar) -> Array:
+        xp = array_namespace(self.values)
+        if self.cov is not None:
+            return relative_residual(self.cov, self.values, self.vectors, damping)
+        assert self.rest is not None
+        # With D the damped eigenvalues, D^-1/2 rest D^-1/2 is the relative error of the matrix.
+        damped = self.values + damping
+        relative = self.rest * self.rest / (damped[:, None] * damped[None, :])
+        return xp.sqrt(xp.sum(relative) / damped.shape[0])
+
+    def _condition(self, damping: Scalar) -> Array:
+        xp, damped = array_namespace(self.values), self.values + damping
+        lowest = xp.min(damped)
+        some = xp.where(lowest > 0, lowest, xp.ones_like(lowest))
+        # Of a matrix that is zero, too: infinite, and not NaN, which stands for a failure.
+        return xp.where(lowest > 0, xp.max(damped) / some, xp.full_like(lowest, float("inf")))
 
     def checks_of_inverses(self, damping: Scalar) -> Array:
         """As `basis_checks`, and not finite if a damped eigenvalue is zero, up to rounding."""
