@@ -4,19 +4,19 @@ The network, the data and the settings of ``examples/digits_convnet.py`` (1500 i
 500, float32, NumPy, norm constraint), trained from one start on one order of batches with each of
 
 EKFAC
-    eigenvectors by ``eigh``, or by ``orthogonal_iteration``;
+    eigenvectors by ``eigh``, by ``refinement``, or by ``orthogonal_iteration``;
 K-FAC by eigenvectors
     the same, for inverses that are made of eigenvectors;
 K-FAC
     inverses by ``cholesky``, or by ``newton_schulz``.
 
-The cold and the warm run of a pair take turns step by step, so that a busy machine slows both. Each
-line of the Markdown table that is printed has the median time of an inverse update of the whole
-network (the first one, where everything is cold, left out), the ratio warm / cold, the largest and
-the median residual that the checks read, how many decompositions of single factors fell back to a
-cold one, and where training ended. Residuals of different methods are different things:
+The cold and the warm runs of a group take turns step by step, so that a busy machine slows all.
+Each line of the Markdown table that is printed has the median time of an inverse update of the
+whole network (the first one, where everything is cold, left out), the ratio warm / cold, the
+largest and the median residual that the checks read, how many decompositions of single factors fell
+back to a cold one, and where training ended. Residuals of different methods are different things:
 ``docs/inverses.md``. A warm start is the better the less changed since the last update: see
-``--invert-every`` and ``--decay``.
+``--invert-every`` and ``--decay``. Sizes are in ``benchmarks/eigenbases.py``.
 """
 
 from __future__ import annotations
@@ -52,27 +52,24 @@ import kfac_xp  # noqa: E402
 
 BY_EIGENVECTORS = {"eigenvalue_decomposition_threshold": 1}
 
-PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "EKFAC": (
         "ekfac",
         {},
-        {"eigh_method": "eigh"},
-        {"eigh_method": "orthogonal_iteration"},
+        [{"eigh_method": m} for m in ("eigh", "refinement", "orthogonal_iteration")],
     ),
     "K-FAC by eigenvectors": (
         "kron",
         BY_EIGENVECTORS,
-        {"eigh_method": "eigh"},
-        {"eigh_method": "orthogonal_iteration"},
+        [{"eigh_method": m} for m in ("eigh", "refinement", "orthogonal_iteration")],
     ),
     "K-FAC": (
         "kron",
         {},
-        {"posdef_inv_method": "cholesky"},
-        {"posdef_inv_method": "newton_schulz"},
+        [{"posdef_inv_method": m} for m in ("cholesky", "newton_schulz")],
     ),
 }
-"""Approximation, options of both, options of the cold run, options of the warm run."""
+"""Approximation, options of all runs, options of the cold run and of the warm ones."""
 
 
 @dataclass
@@ -120,7 +117,7 @@ def start_run(approx: str, params: Params, options: dict[str, Any], args: Any) -
     layers.register_categorical_predictive_distribution("logits")
     optimizer = kfac_xp.KfacOptimizer(
         layers,
-        **CHOSEN["kfac"],
+        **(CHOSEN["kfac"] | {"damping": args.damping}),
         momentum=MOMENTUM,
         norm_constraint=NORM_CONSTRAINT,
         invert_every=args.invert_every,
@@ -141,16 +138,16 @@ def batches(data: Digits, epochs: int, seed: int) -> Iterator[tuple[np.ndarray, 
 
 
 def compare(name: str, data: Digits, args: Any) -> Iterator[str]:
-    """Train the cold and the warm run of a pair; two lines of the table."""
-    approx, common, *pair = PAIRS[name]
+    """Train the cold and the warm runs of a group; a line of the table for each."""
+    approx, common, group = PAIRS[name]
     model = ConvNet()
     params = model.initial_params(args.seed, np, np.float32)
-    runs = [start_run(approx, params, common | options, args) for options in pair]
+    runs = [start_run(approx, params, common | options, args) for options in group]
     for images, labels in batches(data, args.epochs, args.seed):
         for run in runs:
             run.step(model, images, labels)
     cold = statistics.median(runs[0].seconds[1:])
-    for run, options in zip(runs, pair, strict=True):
+    for run, options in zip(runs, group, strict=True):
         seconds = statistics.median(run.seconds[1:])
         loss = softmax_cross_entropy(
             model.linearize(run.params, data.training[0]).outputs, data.training[1]
@@ -193,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the start and the batch order")
     parser.add_argument("--invert-every", type=int, default=1, help="steps between inverse updates")
     parser.add_argument("--decay", type=float, default=0.95, help="of the statistics, per update")
+    parser.add_argument("--damping", type=float, default=CHOSEN["kfac"]["damping"])
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     args = parser.parse_args()
     threadpool_limits(limits=args.threads)

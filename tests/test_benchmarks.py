@@ -465,17 +465,56 @@ def test_errors_of_low_rank(monkeypatch):
 
 
 def test_warm_starts_in_training():
-    """One epoch of one pair: the two runs start alike, and every fall-back is counted."""
+    """One epoch of one group: its runs start alike, and every fall-back is counted."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     pytest.importorskip("tqdm", reason="tqdm is not installed")
     warm_starts = importlib.import_module("benchmarks.warm_starts")
-    args = argparse.Namespace(epochs=1, seed=0, invert_every=1, decay=0.95)
+    args = argparse.Namespace(epochs=1, seed=0, invert_every=1, decay=0.95, damping=0.01)
     lines = list(warm_starts.compare("EKFAC", warm_starts.Digits.load(np), args))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[1] for row in rows] == ["eigh", "orthogonal_iteration"]
+    assert [row[1] for row in rows] == ["eigh", "refinement", "orthogonal_iteration"]
     assert all(len(row) == len(warm_starts.HEAD) for row in rows)
-    cold, warm = rows
+    cold, *warm = rows
     assert cold[3] == "1.00"
-    assert float(cold[4]) < 1e-4 < float(warm[4]) <= 1e-2
-    assert re.fullmatch(r"\d+ of 16", warm[6])  # 8 factors, 3 updates, the first one cold
-    assert 0.5 < float(cold[7]) / float(warm[7]) < 2
+    for row in warm:
+        assert float(cold[4]) < 1e-4 < float(row[4]) <= 1e-1
+        assert re.fullmatch(r"\d+ of 16", row[6])  # 8 factors, 3 updates, the first one cold
+        assert 0.5 < float(cold[7]) / float(row[7]) < 2
+
+
+def test_eigenbases_by_size():
+    """Each method from its own last basis; none falls back, and the residuals are those read."""
+    eigenbases = importlib.import_module("benchmarks.eigenbases")
+    args = argparse.Namespace(batch=64, seed=0, every=1, updates=2, methods=eigenbases.METHODS)
+    found = eigenbases.measure(24, "float64", args)
+    assert [len(seconds) for seconds, _, _ in found.values()] == [2, 2, 2]
+    assert [falls for _, _, falls in found.values()] == [0, 0, 0]
+    residuals = {method: residuals for method, (_, residuals, _) in found.items()}
+    assert residuals["eigh"] == []
+    assert 0 < max(residuals["refinement"]) < max(residuals["orthogonal_iteration"]) < 0.1
+
+
+def test_the_quality_of_bases():
+    """The exact basis leaves nothing; one that is turned is farther from it the more so."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    quality = importlib.import_module("benchmarks.basis_quality")
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(30, 4, 1)) @ rng.normal(size=(30, 1, 3))
+    bases = [np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 3)]
+    damping, n = 0.1, 30
+    flat = grads.reshape(n, -1)
+    exact, basis = flat.T @ flat / n, np.kron(*bases)
+    s = np.diag(basis.T @ exact @ basis)
+    mean = grads.mean(axis=0)
+    distance, direction = quality.qualities(grads, mean, bases, damping)
+    ekfac = (basis * s) @ basis.T
+    assert np.isclose(distance, np.linalg.norm(exact - ekfac) / np.linalg.norm(exact))
+    a, b = (np.linalg.solve(m + damping * np.eye(12), mean.ravel()) for m in (ekfac, exact))
+    assert np.isclose(direction, np.linalg.norm(a - b) / np.linalg.norm(b))
+    cov = exact[:4, :4]
+    history = [[(cov, damping), (exact[:3, :3], damping)]] * (quality.LONGEST + 1)
+    left = {k: quality.residual(cov, u[0], damping) for k, u in quality.kinds(history, rng)}
+    assert left["`eigh`"] < 1e-12
+    assert left["`refinement`, every 5"] < 1e-12
+    assert left["`eigh`, turned by 0.03"] < left["`eigh`, turned by 1"]

@@ -86,13 +86,13 @@ def invert_factor(matrix: Any) -> bool:
     if not invert_factor(a):
         return False
     factor = np.empty_like(b)
-    lower_times(a, b.T, factor.T)
+    _lower_times(a, b.T, factor.T)
     for part in panels(n - h):
         d[part, : part.stop] -= factor[part] @ factor[: part.stop].T
     np.negative(factor, out=b)
     if not invert_factor(d):
         return False
-    lower_times(d, b, factor)
+    _lower_times(d, b, factor)
     _lower_transposed_times(a, factor.T, b.T)
     matrix[:h, h:] = 0
     return True
@@ -118,7 +118,7 @@ def _square(w: Any) -> None:
     _square(d)
 
 
-def lower_times(lower: Any, x: Any, out: Any) -> None:
+def _lower_times(lower: Any, x: Any, out: Any) -> None:
     """``out = L @ x`` for a lower triangular L."""
     for part in panels(lower.shape[0]):
         np.matmul(lower[part, : part.stop], x[: part.stop], out=out[part])
@@ -130,9 +130,9 @@ def _lower_transposed_times(lower: Any, x: Any, out: Any) -> None:
         np.matmul(lower[part.start :, part].T, x[part.start :], out=out[part])
 
 
-def panels(n: int) -> list[slice]:
+def panels(n: int, width: int = _PANEL) -> list[slice]:
     """Cuts n rows into panels of about equal size."""
-    count = max(1, round(n / _PANEL))
+    count = max(1, round(n / width))
     edges = [n * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kfac_xp.kernels.cpu.cholesky_inverse import invert_factor, lower_times, panels
+from kfac_xp.kernels.cpu.cholesky_inverse import invert_factor, panels
 from kfac_xp.kernels.cpu.jit import compiled
+
+# Rows of a panel of a product of which one triangle counts. From 256 rows on such a product takes
+# 0.85 to 0.7 of the time of a whole one; with panels of 256, as for inverses, 1 to 0.7.
+_PANEL = 128
 
 
 def refined_eigenvectors(matrix: Any, basis: Any, damping: Any) -> tuple[Any, Any]:
@@ -31,13 +35,14 @@ def refined_eigenvectors(matrix: Any, basis: Any, damping: Any) -> tuple[Any, An
     if not invert_factor(gram):
         vectors[...] = np.nan
         return quotients, vectors
-    lower_times(gram, turned.T, vectors.T)
+    for part in panels(n, _PANEL):
+        np.matmul(gram[part, : part.stop], turned.T[: part.stop], out=vectors.T[part])
     return quotients, vectors
 
 
 def _lower_triangle(x: Any, y: Any, out: Any) -> Any:
     """The lower triangle of ``x.T @ y``; what is above it in `out` is anything."""
-    for part in panels(x.shape[1]):
+    for part in panels(x.shape[1], _PANEL):
         np.matmul(x[:, part].T, y[:, : part.stop], out=out[part, : part.stop])
     return out
 
