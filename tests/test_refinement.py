@@ -217,18 +217,36 @@ class TestRefresh:
         ]
         refresh(items)
         assert {rep.decomposition.rung for _, rep, _ in items} == {"direct"}
+        starts = [to_numpy(rep.basis) for _, rep, _ in items]
         for (_, _, average), (_, new) in zip(items, pairs, strict=True):
             move(xp, average, new)
         sizes.clear()
         refresh(items)
         assert sizes == ([(1, "refinement")] * 3 if xp is np else [(3, "refinement")])
-        for (_, rep, _), (_, new), d in zip(items, pairs, dampings, strict=True):
+        for (_, rep, _), (_, new), d, start in zip(items, pairs, dampings, starts, strict=True):
             assert rep.decomposition.rung == "warm"
             w, v = served(rep)
+            alone = refinement.refined_eigenvectors(new, start, float(d))
+            assert_close(w, alone[0], 1e-12)
+            assert_close(v, alone[1], 1e-10)
             assert_orthonormal(v)
             assert_close(rep.decomposition.residual, off_diagonal(new, w, v, float(d)), 1e-6)
             assert rep.decomposition.residual < 1e-3
             assert_close((v * w) @ v.T, new, 1e-2)
+
+    @pytest.mark.more
+    def test_the_smallest_damping_counts(self, xp, rng):
+        old, new = drifting(rng)
+        arrays = [xp.asarray(d, dtype=xp.float64) for d in (0.3, 0.2)]
+        for dampings in ((0.3, 0.05), (0.3, arrays[1]), (arrays[0], 0.4), tuple(arrays)):
+            item = holder(xp, old, "matpower", (-1.0, -0.5), dampings)
+            refresh([item])
+            start = to_numpy(item[1].basis)
+            move(xp, item[2], new)
+            refresh([item])
+            least = min(float(d) for d in dampings)
+            alone = refinement.refined_eigenvectors(new, start, least)
+            assert_close(item[1].basis, alone[1], 1e-10)
 
     def test_powers(self, xp, rng):
         old, new = drifting(rng)
