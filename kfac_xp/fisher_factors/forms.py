@@ -49,7 +49,7 @@ class InverseProvidingFactor(FisherFactor):
         """Ask for the eigenvectors of the covariance to be computed by every `update_inverses`.
 
         The damping changes no number: it is the scale to which eigenvectors that start from the
-        last ones (``eigh_method="orthogonal_iteration"``) have to be right.
+        last ones (``eigh_method="refinement"``) have to be right.
         """
         self._powers.register(Request("eigenbasis", 0.0, DampingKey(damping_func)))
 
