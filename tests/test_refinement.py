@@ -204,6 +204,7 @@ def served(rep):
 
 
 class TestRefresh:
+    @pytest.mark.more
     def test_goes_on_from_the_last(self, xp, rng, monkeypatch):
         """In stacks, with dampings of their own that are arrays; the residual is the true one."""
         sizes, real = [], solvers.solve
