@@ -212,10 +212,12 @@ class TestFullyConnectedKFACBasicFB(BlockContract):
         for damping in block.factor_dampings():
             assert_close(damping, np.sqrt(0.3), 1e-12)
 
+    @pytest.mark.more
     def test_pi_off(self, xp, rng):
         block = self.updated(xp, rng, pi_type="off")
         assert [float(d) for d in block.factor_dampings()] == [np.sqrt(0.3)] * 2
 
+    @pytest.mark.more
     def test_damping_may_change(self, xp, rng):
         value = [0.3]
         block = self.updated(xp, rng, damping=lambda: value[0])

@@ -76,6 +76,7 @@ class TestStacks:
             assert rep.decomposition.rung == "direct"
             assert rep.decomposition.num_updates == average.num_updates
 
+    @pytest.mark.more
     def test_one_that_fails_spoils_no_other(self, xp, rng, monkeypatch):
         reads, real = [], ladder.to_numpy
         monkeypatch.setattr(ladder, "to_numpy", lambda x: reads.append(x) or real(x))

@@ -5,7 +5,7 @@ on its cases of each batch by all scenarios, and rank 0 also on all cases alone,
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -50,10 +50,15 @@ def scenarios():
 
 
 def scenarios_of(size):
-    """All of them with two ranks; half of them with three and the others with four."""
+    """All of them with two ranks; with more as few as have every value of every setting."""
     if size == 2:
         return scenarios()
-    return [s for i, s in enumerate(scenarios()) if (i // 4 + i // 2) % 2 == size % 2]
+    chosen, missing = [], {value for s in scenarios() for value in astuple(s)}
+    others = scenarios()[size:] + scenarios()[:size]
+    while missing:
+        chosen.append(max(others, key=lambda s: len(missing & set(astuple(s)))))
+        missing -= set(astuple(chosen[-1]))
+    return chosen
 
 
 def sizes_of_ranks(size):
