@@ -113,7 +113,7 @@ class Linearization:
     def first(self, count: int) -> Linearization:
         """The same on the first cases of the batch alone; no array is copied."""
         part = copy(self)
-        part.__dict__.pop("_slopes", None)
+        part._slopes = {name: slope[:count] for name, slope in self._slopes.items()}
         part.layer_inputs = {name: x[:count] for name, x in self.layer_inputs.items()}
         part.outputs = self.outputs[:count]
         return part

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_place
+from kfac_xp.backend import (
+    Condition,
+    KernelOp,
+    array_namespace,
+    as_scalar_like,
+    cast,
+    is_one_float,
+    require_one_place,
+)
 from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.linalg import add_rows
 from kfac_xp.precision import exact_products
@@ -176,12 +184,44 @@ def inner_products(
 
     One parameter after another, so that an array is read once while it is near.
     """
+    if len(vectors) == 3:
+        sums: Any = 0
+        for name in vectors[0]:
+            for x, y, z in zip(*(as_arrays(v[name]) for v in vectors), strict=True):
+                sums = sums + inner_products_of_three(x, y, z, dtype)
+        return [sums[_PAIRS.index((min(pair), max(pair)))] for pair in pairs]
     totals: list[Any] = [0] * len(pairs)
     for name in vectors[0]:
         for arrays in zip(*(as_arrays(v[name]) for v in vectors), strict=True):
             for k, (i, j) in enumerate(pairs):
                 totals[k] = totals[k] + _dot(arrays[i], arrays[j], dtype)
     return totals
+
+
+_PAIRS = [(0, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 2)]
+
+
+@KernelOp
+def inner_products_of_three(x: Array, y: Array, z: Array, dtype: Any = None) -> Array:
+    """The sums of ``x*x, x*y, y*y, x*z, y*z, z*z`` over all entries: shape [6].
+
+    Of arrays of one shape and dtype, summed as in `inner_product`.
+    """
+    arrays = (x, y, z)
+    products = [_dot(arrays[i], arrays[j], dtype) for i, j in _PAIRS]
+    return array_namespace(x, y, z).stack(products)
+
+
+inner_products_of_three.register(
+    "numba",
+    "kfac_xp.kernels.cpu.inner_products:inner_products_of_three",
+    accepts=Condition(
+        "contiguous arrays that are all float32 or all float64",
+        lambda x, y, z, dtype=None: (
+            is_one_float(x, y, z) and all(a.flags.c_contiguous for a in (x, y, z))
+        ),
+    ),
+)
 
 
 def _dot(x: Array, y: Array, dtype: Any) -> Array:

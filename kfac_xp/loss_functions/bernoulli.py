@@ -79,11 +79,11 @@ class MultiBernoulliNegativeLogProbLoss(
 
     def multiply_fisher(self, vector: Array) -> Array:
         """``p (1 - p) v``."""
-        return self._variance() * vector
+        return self._variance * vector
 
     def multiply_fisher_factor(self, vector: Array) -> Array:
         """``sqrt(p (1 - p)) u``."""
-        return array_namespace(vector).sqrt(self._variance()) * vector
+        return self._deviation * vector
 
     def multiply_fisher_factor_transpose(self, vector: Array) -> Array:
         """``sqrt(p (1 - p)) v``."""
@@ -98,6 +98,11 @@ class MultiBernoulliNegativeLogProbLoss(
         xp = array_namespace(x)
         return xp.where(x >= 0, xp.ones_like(x), small) / (1 + small)
 
+    @functools.cached_property
+    def _deviation(self) -> Array:
+        return array_namespace(self._inputs).sqrt(self._variance)
+
+    @functools.cached_property
     def _variance(self) -> Array:
         # p (1 - p) with 1 - p taken from the logits, which keeps its digits when p is near 1.
         return self._small / ((1 + self._small) * (1 + self._small))
