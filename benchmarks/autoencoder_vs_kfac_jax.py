@@ -15,7 +15,9 @@ Each run is a process of its own, held to as many cores as there are threads; th
 take turns. The clock starts after eleven steps that are thrown away, which compile, and stops while
 the loss is evaluated, by the same code for both. Seconds per step are the median over cycles of ten
 steps, each with one update of the inverses; seconds to a loss are iterations times that, so that
-another program's moment on the machine does not count. Needs kfac-jax and a jax older than 0.9.
+another program's moment on the machine does not count. NumPy's BLAS chooses its kernels itself, also where
+the environment has it take those of another processor; JAX brings its own. Needs kfac-jax and a jax
+older than 0.9.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ SIDES = {"kfac_xp": ("numpy",), "kfac_jax": ("kfac-jax", "jax")}
 EVALUATE_EVERY = 2
 CYCLE = 10  # steps: one update of the inverses is among them
 LEVELS = (200, 150, 120, 100, 80, 60, 50, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2, 1)
+KERNELS_OF_BLAS = "OPENBLAS_CORETYPE"
 DISCARDED_STEPS = 11  # every kind of step is among them
 
 Step = Callable[[Params, np.ndarray], tuple[Params, float]]
@@ -177,6 +180,7 @@ def in_own_process(side: str, seed: int, args: argparse.Namespace, folder: str) 
     if args.threads == 1:
         limits["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = {**os.environ, **limits, "JAX_PLATFORMS": "cpu"}
+    environment.pop(KERNELS_OF_BLAS, None)
     subprocess.run([str(part) for part in command], env=environment, check=True)
     with np.load(path) as file:
         return dict(file)
@@ -246,6 +250,8 @@ def main() -> None:
     widths = "-".join(map(str, task.widths))
     print(f"{widths} and back, batches of {task.batch_size}, {args.threads} thread(s); {packages}")
     print(f"kfac_xp: statistics and quadratic model of one case in {args.part}")
+    if KERNELS_OF_BLAS in os.environ:
+        print(f"without {KERNELS_OF_BLAS}={os.environ[KERNELS_OF_BLAS]}, which is set here")
     print_tables(results, args.sides)
 
 

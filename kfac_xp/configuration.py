@@ -107,8 +107,8 @@ def _threads() -> dict[str, Any]:
 def _kernels_of(pool: Mapping[str, Any]) -> str:
     """For which processor a BLAS has chosen its kernels, with advice where it knows no better.
 
-    OpenBLAS takes kernels of AVX2 on processors that it does not know, such as recent ones of AMD
-    with AVX-512: matrix products then run at half of their speed.
+    With AVX-512 in the processor and kernels of AVX2, because the environment asks for them or a
+    release of OpenBLAS does not know the processor, matrix products run at half of their speed.
     """
     chosen = pool.get("architecture")
     if chosen is None:
@@ -116,7 +116,10 @@ def _kernels_of(pool: Mapping[str, Any]) -> str:
     simd: Any = np.show_config(mode="dicts")
     has_avx512 = any(name.startswith(_AVX512) for name in simd["SIMD Extensions"]["found"])
     if chosen in ("Haswell", "Zen") and has_avx512:
-        return f", kernels for {chosen}; with AVX-512 try OPENBLAS_CORETYPE=SkylakeX"
+        asked = os.environ.get("OPENBLAS_CORETYPE")
+        way = "unset it" if asked else "try OPENBLAS_CORETYPE=SkylakeX"
+        why = f", as OPENBLAS_CORETYPE={asked} asks" if asked else ""
+        return f", kernels for {chosen}{why}; the processor has AVX-512: {way}"
     return f", kernels for {chosen}"
 
 

@@ -84,9 +84,13 @@ def test_products_at_half_speed_are_noticed(nothing_measured, monkeypatch, found
     threadpoolctl = SimpleNamespace(threadpool_info=lambda: pools)
     monkeypatch.setitem(sys.modules, "threadpoolctl", threadpoolctl)
     monkeypatch.setattr(module, "find_spec", lambda name: object())
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     threads = config()["threads"]
     assert threads["openblas"].startswith("2 threads, kernels for Haswell")
-    assert ("OPENBLAS_CORETYPE=SkylakeX" in threads["openblas"]) is advice
+    assert ("try OPENBLAS_CORETYPE=SkylakeX" in threads["openblas"]) is advice
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    asked = config()["threads"]["openblas"]
+    assert ("as OPENBLAS_CORETYPE=Haswell asks" in asked) is advice
     assert threads["mkl"] == "1 threads"
 
 
