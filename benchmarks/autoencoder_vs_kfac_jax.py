@@ -15,9 +15,9 @@ Each run is a process of its own, held to as many cores as there are threads; th
 take turns. The clock starts after eleven steps that are thrown away, which compile, and stops while
 the loss is evaluated, by the same code for both. Seconds per step are the median over cycles of ten
 steps, each with one update of the inverses; seconds to a loss are iterations times that, so that
-another program's moment on the machine does not count. NumPy's BLAS chooses its kernels itself, also
-where the environment asks for those of another processor; JAX brings its own. Needs kfac-jax and a
-jax older than 0.9.
+another program's moment on the machine does not count. NumPy's BLAS chooses its kernels itself,
+also where the environment asks for those of another processor; JAX brings its own. Needs kfac-jax
+and a jax older than 0.9.
 """
 
 from __future__ import annotations
