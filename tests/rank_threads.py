@@ -24,7 +24,7 @@ class _Meeting:
 
 
 class ThreadCommunicator:
-    """One rank. `sent` counts the entries of its buffers by kind of exchange."""
+    """One rank."""
 
     def __init__(self, meeting, rank):
         self._meeting, self.rank, self.size = meeting, rank, meeting.size

@@ -166,6 +166,7 @@ def difference(scenario, communicator, xp=np, steps=STEPS):
 
 def main():
     communicator = kfac_xp.MpiCommunicator()
+    assert communicator.broadcast(np.full(2, float(communicator.rank)), root=1).tolist() == [1, 1]
     worst = {}
     for scenario in scenarios_of(communicator.size):
         worst[scenario] = max(communicator.gather_objects(difference(scenario, communicator)))

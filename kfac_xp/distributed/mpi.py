@@ -128,10 +128,6 @@ class MpiCommunicator:
         part: Any = self._control.Split(color, key=list(groups[color]).index(self.rank))
         return MpiCommunicator(part, cuda_aware=self.cuda_aware, abort_on_exception=False)
 
-    def abort(self, code: int = 1) -> None:
-        """End all ranks now."""
-        self._control.Abort(code)
-
     def describe(self) -> str:
         """The MPI library and the way of device arrays."""
         first_line = self._mpi.Get_library_version().strip().splitlines()[0]

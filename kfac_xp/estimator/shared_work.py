@@ -70,6 +70,9 @@ class SharedWork:
         self._fraction, self._strategy = fraction, strategy
         place({}, team.size, fraction, strategy)  # refuses what cannot be placed
         self._key: tuple[FisherFactor, ...] | None = None
+        self._units: dict[str, str] = {}
+        self._owners: dict[FisherFactor, int] = {}
+        self._keepers: dict[FisherFactor, tuple[int, ...]] = {}
         self._placement: Placement | None = None
         self._column: Communicator | None = None
         self._row: Communicator | None = None
@@ -85,16 +88,18 @@ class SharedWork:
         divided = tuple(f for f in self._factors() if _is_divided(f))
         if self._placement is None or divided != self._key:
             self._units = _units(self._blocks)
-            sizes = {
-                unit: {f.name: f.num_rows for f in factors if f in divided}
+            factors_of = {
+                unit: [f for f in factors if _is_divided(f)]
                 for unit, factors in _factors_of(self._units, self._blocks).items()
             }
+            sizes = {u: {f.name: f.num_rows for f in found} for u, found in factors_of.items()}
             placement = place(sizes, self._team.size, self._fraction, self._strategy)
-            self._owners = {
-                f: placement.inverse_rank(unit, f.name)
-                for unit, factors in _factors_of(self._units, self._blocks).items()
-                for f in factors
-                if f in divided
+            placed = [(unit, f) for unit, found in factors_of.items() for f in found]
+            self._owners = {f: placement.inverse_rank(unit, f.name) for unit, f in placed}
+            everywhere, all_ranks = self._followed(), tuple(range(self._team.size))
+            self._keepers = {
+                f: all_ranks if f in everywhere else placement.gradient_workers(unit)
+                for unit, f in placed
             }
             whole = self._team.communicator
             if self._placement is None:
@@ -105,25 +110,11 @@ class SharedWork:
                 logger.info("placement, as on rank %d:\n%s", self._team.rank, placement)
         return self._placement
 
-    def keeps(self, factor: FisherFactor) -> bool:
-        """Whether this rank keeps the powers of a factor."""
-        return self._team.rank in self._keepers(factor)
-
     def known_keepers(self, factor: FisherFactor) -> tuple[int, ...] | None:
         """The ranks that keep a factor's powers; None if there is one, or no placement yet."""
         if self._team.is_alone or self._placement is None:
             return None
-        return self._keepers(factor)
-
-    def _keepers(self, factor: FisherFactor) -> tuple[int, ...]:
-        placement = self.placement
-        if factor not in self._owners or factor in self._followed():
-            return tuple(range(self._team.size))
-        return placement.gradient_workers(self._unit_of(factor))
-
-    def _unit_of(self, factor: FisherFactor) -> str:
-        user = next(n for n, b in self._blocks.items() if factor in b.factors.values())
-        return self._units[user]
+        return self._keepers.get(factor, tuple(range(self._team.size)))
 
     def _factors(self) -> list[FisherFactor]:
         unique = {id(f): f for block in self._blocks.values() for f in block.factors.values()}
@@ -146,7 +137,7 @@ class SharedWork:
         everywhere = self._followed()
         by_all = [f for f in owners if f in everywhere]
         by_column = [
-            f for f in owners if f not in everywhere and self._team.rank in self._keepers(f)
+            f for f in owners if f not in everywhere and self._team.rank in self._keepers[f]
         ]
         whole, column = self._team.communicator, self._column
         assert column is not None
@@ -218,7 +209,7 @@ class SharedWork:
                 for name, vector in vectors.items()
                 if placement.is_gradient_worker(self._units[name], team.rank)
             }
-        if not placement.sends_gradients:
+        if not placement.sends_gradients or not vectors:
             return found
         assert self._row is not None
         members = placement.receiver_group(team.rank)
@@ -265,7 +256,7 @@ class SharedWork:
         _ = self.placement
         for factor in self._owners:
             state = factor.powers.state_dict()
-            if not self.keeps(factor):
+            if self._team.rank not in self._keepers[factor]:
                 state.pop("stored", None)
             if self._owners[factor] != self._team.rank:
                 state.pop("basis", None)

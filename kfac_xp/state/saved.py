@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -160,16 +161,16 @@ class Saved:
         return host
 
 
-class Saveable:
+class Saveable(abc.ABC):
     """What can be saved in a file and loaded from one, besides its `state_dict`."""
 
+    @abc.abstractmethod
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
         """The state as a nested dict."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        raise NotImplementedError
 
     def save(self, path: str | PathLike[str], *, powers: bool = True) -> None:
         """``save_state(path, self.state_dict(powers=powers))``: the file is whole or not there."""
