@@ -25,7 +25,13 @@ from kfac_xp.typing import Array, EigMethod, InverseMethod, Scalar
 
 
 @of_statistics
-def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = None) -> Array:
+def compute_cov(
+    x: Array,
+    y: Array | None = None,
+    normalizer: float | None = None,
+    *,
+    symmetrize: bool = True,
+) -> Array:
     """Second moment of rows, not centred: ``x.T @ x / normalizer``, exactly symmetric.
 
     Parameters
@@ -35,6 +41,9 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
         With it the result is ``x.T @ y / normalizer``, shape [d, e], not symmetrised.
     normalizer
         What the sum over rows is divided by; N if not given.
+    symmetrize
+        Mend the asymmetry that the rounding of a general matrix product leaves, in a pass over the
+        result. False leaves that to a moving average, which takes the symmetric part on its way.
     """
     xp = array_namespace(x)
     n = x.shape[0] if normalizer is None else normalizer
@@ -48,8 +57,17 @@ def compute_cov(x: Array, y: Array | None = None, normalizer: float | None = Non
     cov = xp.matmul(xp.matrix_transpose(x), x if y is None else y)
     if not scale_rows:
         cov /= n  # an array of this function's own
-    # That update writes one triangle and copies it, so its result is exactly symmetric.
-    return cov if y is not None or array_api_compat.is_numpy_array(x) else symmetrized(cov)
+    if y is not None or not symmetrize or products_are_symmetric(x):
+        return cov
+    return symmetrized(cov)
+
+
+def products_are_symmetric(x: Array) -> bool:
+    """True if ``x.T @ x`` is exactly symmetric in the library of `x`.
+
+    NumPy's is: its symmetric rank-k update writes one triangle and copies it.
+    """
+    return array_api_compat.is_numpy_array(x)
 
 
 def symmetrized(x: Array) -> Array:

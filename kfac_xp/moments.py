@@ -1,7 +1,8 @@
 """How one batch gives a second moment: a pure function with a shape, one class per estimate.
 
 Arrays of floats are checked and in the statistics' dtype. Every moment is an average over cases:
-what it is divided by is said in its docstring.
+what it is divided by is said in its docstring. A symmetric matrix is so up to the rounding of a
+product: a factor averages in its symmetric part.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class FullyConnectedKroneckerMoment:
 
     def __call__(self, x: Array) -> Array:
         """From x of shape [N, d]."""
-        return compute_cov(append_homog(x) if self.has_bias else x)
+        return compute_cov(append_homog(x) if self.has_bias else x, symmetrize=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class MultiUseKroneckerMoment:
         if self.has_bias:
             x = append_homog(x)
         d = x.shape[-1]
-        cov = compute_cov(xp.reshape(x, (-1, d)))
+        cov = compute_cov(xp.reshape(x, (-1, d)), symmetrize=self.with_lag)
         if not self.with_lag:
             return cov
         later, earlier = (xp.reshape(part, (-1, d)) for part in (x[1:, ...], x[:-1, ...]))
@@ -123,7 +124,8 @@ class NaiveFullMoment:
     def __call__(self, gradient: Array, batch_size: int) -> Array:
         """From the gradient as a column [n, 1], and N."""
         # One row: compute_cov then takes the symmetric product.
-        return compute_cov(array_namespace(gradient).matrix_transpose(gradient), None, batch_size)
+        row = array_namespace(gradient).matrix_transpose(gradient)
+        return compute_cov(row, None, batch_size, symmetrize=False)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class ScaleAndShiftMoment:
             return outer_products(rows, self.rank, rows.shape[0])
         if self.is_diagonal:
             return xp.sum(rows * rows, axis=0) / rows.shape[0]
-        return compute_cov(rows)
+        return compute_cov(rows, symmetrize=False)
 
 
 def _summed(x: Array, axes: tuple[int, ...]) -> Array:
@@ -255,7 +257,7 @@ class ConvInputMoment:
         rows = xp.take(xp.reshape(patches, (-1, patches.shape[-1])), kept, axis=0)
         if patch_mask is not None:
             rows = rows * xp.reshape(patch_mask, (-1,))
-        return compute_cov(append_homog(rows) if self.has_bias else rows)
+        return compute_cov(append_homog(rows) if self.has_bias else rows, symmetrize=False)
 
 
 @dataclass(frozen=True)
@@ -293,9 +295,8 @@ class ConvOutputMoment:
 
     def __call__(self, outputs_grad: Array) -> Array:
         """From gradients of the preactivations [N, *out, C_out]."""
-        return compute_cov(
-            array_namespace(outputs_grad).reshape(outputs_grad, (-1, self.out_channels))
-        )
+        rows = array_namespace(outputs_grad).reshape(outputs_grad, (-1, self.out_channels))
+        return compute_cov(rows, symmetrize=False)
 
 
 @dataclass(frozen=True)

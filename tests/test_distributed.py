@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import array_api_compat.numpy
 import numpy as np
 import pytest
 
@@ -21,6 +22,8 @@ from kfac_xp.distributed.buffers import buckets, from_buffer, to_buffer
 from kfac_xp.randomness import for_cases, normal, uniform
 from tests import training_on_ranks as training
 from tests.cases import assert_close, to_numpy
+from tests.places import Place, objects_in
+from tests.public_layers import BLOCKS, FACTORS
 from tests.rank_threads import on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -425,6 +428,21 @@ def test_buffers_hold_triangles_and_halves(xp, rng):
     for array, back in zip(arrays, from_buffer(buffer, forms), strict=True):
         assert_close(back, to_numpy(array), 0)
         assert tuple(back.shape) == tuple(array.shape)
+
+
+@pytest.mark.parametrize("name", [*FACTORS, *BLOCKS])
+def test_what_factors_average_and_store_comes_back_from_buffers(name):
+    place = Place(array_api_compat.numpy, "cpu")
+    made = objects_in({**FACTORS, **BLOCKS}[name](place))
+    for factor in (f for f in made if isinstance(f, kfac_xp.FisherFactor)):
+        kept = [(average, factor.triangles) for average in factor.get_cov_vars()]
+        if hasattr(factor.powers, "cache"):
+            stored = factor.powers.cache.stored.items()
+            kept += [(a, factor.powers.stored_triangles(request)) for request, a in stored]
+        for array, triangles in kept:
+            form = Form.of(array, triangles)
+            (back,) = from_buffer(to_buffer([array], [form]), [form])
+            assert_close(back, array, 0)
 
 
 def test_buckets_are_full_and_of_one_dtype():

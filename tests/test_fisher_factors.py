@@ -217,6 +217,17 @@ class FactorContract(abc.ABC):
 class DenseContract(FactorContract):
     """What factors with stored powers keep besides."""
 
+    def test_what_products_leave_asymmetric_is_not_averaged_in(self, xp, rng):
+        """Of NumPy, whose products are symmetric, nothing is looked at twice."""
+        data = self.make_data(xp, rng)
+        factor = self.make(data)
+        cov = to_numpy(factor.compute_new_cov(**data))
+        tilted = cov if xp is np else cov + 1e-3 * np.triu(rng.normal(size=cov.shape), 1)
+        for _ in range(2):
+            factor.update_average(xp.asarray(tilted), ema_decay=0.9)
+        assert_close(factor.cov, (tilted + tilted.T) / 2, 1e-14)
+        assert np.array_equal(to_numpy(factor.cov), to_numpy(factor.cov).T)
+
     def test_served_values_are_stale_until_refreshed(self, xp, rng):
         data = self.make_data(xp, rng)
         factor = self.make(data)

@@ -63,7 +63,8 @@ def _conv(n: int, h: int, c: int, c_out: int) -> Example:
 
 
 def _average(d: int) -> Example:
-    return Example(f"{d}x{d}", lambda draw: (draw(d, d), draw(d, d), 0.95, 0.05))
+    """As of a Kronecker factor, of which the symmetric part is averaged in."""
+    return Example(f"{d}x{d}", lambda draw: (draw(d, d), draw(d, d), 0.95, 0.05, True))
 
 
 def _triangle(d: int) -> Example:

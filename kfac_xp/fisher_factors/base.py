@@ -21,6 +21,7 @@ from kfac_xp.batches import (
 from kfac_xp.changes import Change, Rollback, attributes, make
 from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.fisher_factors.matrix_functions import MatrixFunctions
+from kfac_xp.linalg import products_are_symmetric
 from kfac_xp.moments import Moment
 from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
@@ -116,7 +117,11 @@ class FisherFactor(Described, MatrixFunctions):
         return self.cov
 
     def compute_new_cov(self, **data: Any) -> Array:
-        """The moment of one batch: summed over sources, averaged over towers. Changes nothing."""
+        """The moment of one batch: summed over sources, averaged over towers. Changes nothing.
+
+        A symmetric matrix is so up to the rounding of a product; what is averaged in is its
+        symmetric part.
+        """
         total = None
         for towers in self._sources(**self._named(data)):
             with statistics_products(self._like, self.options.precision):
@@ -144,7 +149,8 @@ class FisherFactor(Described, MatrixFunctions):
             If `new_cov` can be read for free and is not finite.
         """
         average = self._average or self._new_average()
-        step = average.step(new_cov, decay=ema_decay, weight=ema_weight)
+        symmetrize = self.triangles == "symmetric" and not products_are_symmetric(self._like)
+        step = average.step(new_cov, decay=ema_decay, weight=ema_weight, symmetrize=symmetrize)
         if not step.is_finite:
             raise FloatingPointError(
                 f"the statistics of {self.label} are not finite: its data "

@@ -52,7 +52,8 @@ class FullyConnectedTensorNormalMoment:
         xp = array_namespace(inputs, outputs_grad)
         rows = append_homog(inputs) if self.has_bias else inputs
         x, other = (rows, outputs_grad) if self.side == "input" else (outputs_grad, rows)
-        return compute_cov(x * xp.sqrt(xp.sum(other * other, axis=1, keepdims=True)))
+        rows = x * xp.sqrt(xp.sum(other * other, axis=1, keepdims=True))
+        return compute_cov(rows, symmetrize=False)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ConvTensorNormalMoment:
             else:
                 gradients = xp.matmul(xp.matrix_transpose(rows), ds)  # [n, D, C_out]
             flat = xp.reshape(gradients, (-1, self.shape[0]))
-            total = total + compute_cov(flat, normalizer=1)
+            total = total + compute_cov(flat, normalizer=1, symmetrize=False)
         return total / num_cases
 
 

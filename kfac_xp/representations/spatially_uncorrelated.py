@@ -49,6 +49,10 @@ class SpatiallyUncorrelated(Dense):
         mean = xp.zeros((shape[0], 1), dtype=like.dtype, device=device_of(like))
         return xp.concat([cov, mean], axis=1)
 
+    def statistics_triangles(self, shape: tuple[int, ...]) -> Triangles | None:
+        """What is averaged has the mean as a column beside the channels' matrix."""
+        return None
+
     def stored_triangles(self, request: Request) -> Triangles | None:
         """What is stored has the mean's row and its corner beside the channels' matrix."""
         return None
