@@ -8,7 +8,7 @@ product with it. Of kfac_xp only the names of the approximations are read.
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,13 @@ class Batch:
 
     @property
     def by_case(self):
-        return self.jacobian.reshape(N, -1, self.jacobian.shape[-1])
+        return self.jacobian.reshape(len(self.jacobian), -1, self.jacobian.shape[-1])
+
+    def part(self, cases, uses=0):
+        """Some of the cases."""
+        inputs = self.inputs[:, cases] if uses else self.inputs[cases]
+        names = ("jacobian", "targets", "classes", "signs")
+        return replace(self, inputs=inputs, **{n: getattr(self, n)[cases] for n in names})
 
     def cotangents(self, mode):
         """What each source of an estimation mode sends into the logits: [S, N, K]."""

@@ -22,9 +22,13 @@ from kfac_xp.distributed.buffers import buckets, from_buffer, to_buffer
 from kfac_xp.randomness import for_cases, normal, uniform
 from tests import training_on_ranks as training
 from tests.cases import assert_close, to_numpy
+from tests.dense_blocks import BLOCKS as DENSE_BLOCKS
+from tests.dense_blocks import DAMPING, Gradients
+from tests.layer_forms import FORMS, Net, as_params, batch_of
 from tests.places import Place, objects_in
 from tests.public_layers import BLOCKS, FACTORS
 from tests.rank_threads import on_ranks
+from tests.support_table import REFUSED, approximations_of, expected_word
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +63,38 @@ def test_scenarios_cover_all_pairs():
 def test_ranks_train_as_one_process(scenario):
     found = results_of(2, lambda c: training.difference(scenario, c, steps=8))
     assert max(found) <= 1e-10
+
+
+LAYERS = [
+    pytest.param(form, approx, id=f"{form.title}-{approx}".replace(" ", "_"))
+    for form in FORMS
+    for approx in approximations_of(form)
+    if expected_word(form, approx) != REFUSED
+]
+
+
+@pytest.mark.parametrize(("form", "approx"), LAYERS)
+def test_every_layer_and_approximation(form, approx):
+    """On three and five cases of a batch: the dense block of all eight."""
+    whole = batch_of(form)
+
+    def product(communicator):
+        batch = whole.part((slice(3), slice(3, None))[communicator.rank], form.uses)
+        layers = kfac_xp.LayerCollection()
+        form.register(layers, as_params(np, form, whole.params), approx)
+        layers.register_categorical_predictive_distribution("logits")
+        estimator = kfac_xp.FisherEstimator(
+            layers, DAMPING, estimation_mode="empirical", communicator=communicator
+        )
+        for decay in (0.9, 0.0):  # EKFAC measures from the second update on
+            estimator.update_cov(Net(np, form, batch), batch.targets, ema_decay=decay)
+            estimator.update_inverses()
+        found = estimator.multiply_inverse({"layer": as_params(np, form, whole.vector)})["layer"]
+        return np.concatenate([a.ravel() for a in (found if isinstance(found, tuple) else [found])])
+
+    _, inverse = DENSE_BLOCKS[form.kind][approx](Gradients(form, whole, "empirical"))
+    for found in results_of(2, product):
+        assert_close(found, inverse @ whole.vector, 1e-9)
 
 
 @pytest.mark.more

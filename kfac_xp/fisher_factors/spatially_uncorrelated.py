@@ -7,6 +7,7 @@ from typing import Any
 
 from kfac_xp.backend import array_namespace
 from kfac_xp.batches import as_towers, example_of
+from kfac_xp.changes import Change
 from kfac_xp.fisher_factors.convolution import images_shape, require_images_of
 from kfac_xp.fisher_factors.forms import InverseProvidingFactor
 from kfac_xp.fisher_factors.fully_connected import towers_of
@@ -14,7 +15,7 @@ from kfac_xp.geometry import ConvGeometry
 from kfac_xp.moments import ConvInputSUAMoment
 from kfac_xp.options import FactorOptions
 from kfac_xp.representations import SpatiallyUncorrelated
-from kfac_xp.typing import Array, Towers
+from kfac_xp.typing import Array, Scalar, Towers
 
 
 class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
@@ -83,14 +84,20 @@ class ConvInputSUAKroneckerFactor(InverseProvidingFactor):
         """The mean of the channels, shape [C_in, 1]; not used if it is assumed to be zero."""
         return self._value()[:, -1:]
 
-    def compute_new_cov(self, **data: Any) -> Array:
-        """The centred covariance of the channels and, as the last column, their mean."""
-        moment = super().compute_new_cov(**data)
-        xp, options = array_namespace(moment), self.options
-        second, mean = moment[:, :-1], moment[:, -1:]
+    def average_step(
+        self, new_cov: Array, *, ema_decay: Scalar, ema_weight: Scalar | None = None
+    ) -> list[Change]:
+        """As of any factor, with the covariance centred unless the options say otherwise.
+
+        `new_cov`, as `compute_new_cov` has it, is not: only so can it be averaged over towers and
+        ranks first.
+        """
+        xp, options = array_namespace(new_cov), self.options
+        second, mean = new_cov[:, :-1], new_cov[:, -1:]
         if not options.assume_zero_mean_activations or options.subtract_mean_contrib_from_cov:
             second = second - mean * xp.matrix_transpose(mean)
-        return xp.concat([second, mean], axis=1)
+        new_cov = xp.concat([second, mean], axis=1)
+        return super().average_step(new_cov, ema_decay=ema_decay, ema_weight=ema_weight)
 
     def _make_powers(self, options: FactorOptions) -> SpatiallyUncorrelated:
         channels, taps = self.moment.in_channels, self.geometry.num_taps
