@@ -1,6 +1,8 @@
 """Training that is interrupted, saved, loaded into a fresh optimizer and goes on bit for bit."""
 
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -68,6 +70,22 @@ def training(xp, rng, name, dtype="float64"):
         return optimizer.step(params, net, targets, loss_fn=loss_of(batch(i)))[0]
 
     return params, make, step, lambda i: loss_of(batch(i))
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_goes_on_as_the_optimizer(xp, rng, copied):
+    params, make, step, _ = training(xp, rng, "regular")
+    optimizer = make()
+    for i in range(3):
+        params = step(optimizer, params, i)
+    twin = copied(optimizer)
+    theirs = params
+    for i in range(3, STEPS):
+        params, theirs = step(optimizer, params, i), step(twin, theirs, i)
+    for name, pair in params.items():
+        for ours, other in zip(pair, theirs[name], strict=True):
+            assert np.array_equal(to_numpy(ours), to_numpy(other))
 
 
 def saved(optimizer, params):

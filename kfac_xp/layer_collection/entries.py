@@ -179,6 +179,10 @@ class LayerEntries(ApproximationChoices, abc.ABC):
             with suppress(TypeError):  # not every library's arrays can be referred to weakly
                 self._owners[id(array)] = (name, weakref.ref(array))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: whose arrays are registered is known of this object alone."""
+        return self.__dict__ | {"_owners": {}}
+
     def _placeholder(self, shape: tuple[int | None, ...], like: Array) -> Placeholder:
         xp = array_namespace(like)
         return Placeholder(shape, xp.empty((0,), dtype=like.dtype, device=device_of(like)))
