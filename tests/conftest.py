@@ -55,7 +55,8 @@ def pytest_collection_modifyitems(config, items):
 
     Cases marked `more` do not run on JAX, which compiles every new shape, unless ``-m more`` asks
     for them; those of the support table do if it is to be written. CuPy's do not run where it is
-    not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason.
+    not installed, unless ``-m gpu`` asks for them: then they are skipped with the reason. Those on
+    an emulated device take a minute, and run with ``-m emulated``.
     """
     asked_for_more = "more" in config.getoption("-m")
     writes_table = config.getoption("--support-table", None) is not None
@@ -63,6 +64,8 @@ def pytest_collection_modifyitems(config, items):
 
     def tells_nothing(item):
         if no_cupy and item.get_closest_marker("gpu"):
+            return True
+        if item.get_closest_marker("emulated") and "emulated" not in config.getoption("-m"):
             return True
         if writes_table and item.path.name == "test_support.py":
             return False

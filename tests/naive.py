@@ -155,6 +155,22 @@ def conv_squared_outer(
     return total
 
 
+def correlation_blocks(parts, layout, channels, last=None):
+    """The matrix block by block, as the op documents it."""
+    num_taps = layout.blocks.shape[1]
+    out = np.zeros((num_taps, channels, num_taps, channels))
+    for halves, pairs, blocks in zip(parts, layout.pairs, layout.blocks, strict=True):
+        for t, u in np.ndindex(num_taps, num_taps):
+            if blocks[t] >= 0 and blocks[u] >= 0:
+                d = pairs[t, u]
+                here = halves[d, blocks[t], :, blocks[u], :]
+                out[t, :, u, :] += here + halves[-1 - d, blocks[u], :, blocks[t], :].T
+    out = out.reshape(num_taps * channels, -1)
+    if last is None:
+        return out
+    return np.block([[out, last[:-1, None]], [last[None, :]]])
+
+
 def sua(x, num_taps, has_bias):
     """Patches of uncorrelated pixels: ``kron(I, cov) + h h^T``, taps first, pixel by pixel."""
     pixels = x.reshape(-1, x.shape[-1])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kfac_xp.patch_covariance.blocks import BlockLayout
+from tests import naive
 
 SQUARES = [(2, 2), (3, 1), (4, 2)]
 
@@ -106,22 +107,6 @@ class TestAveraged:
         np.testing.assert_array_equal(out, 2 * new)
 
 
-def correlated(parts, layout, channels, last):
-    """The matrix block by block, as the op documents it."""
-    num_taps = layout.blocks.shape[1]
-    out = np.zeros((num_taps, channels, num_taps, channels))
-    for halves, pairs, blocks in zip(parts, layout.pairs, layout.blocks, strict=True):
-        for t, u in np.ndindex(num_taps, num_taps):
-            if blocks[t] >= 0 and blocks[u] >= 0:
-                d = pairs[t, u]
-                here = halves[d, blocks[t], :, blocks[u], :]
-                out[t, :, u, :] += here + halves[-1 - d, blocks[u], :, blocks[t], :].T
-    out = out.reshape(num_taps * channels, -1)
-    if last is None:
-        return out
-    return np.block([[out, last[:-1, None]], [last[None, :]]])
-
-
 class TestCorrelationBlocks:
     @pytest.fixture
     def arguments(self, rng):
@@ -146,7 +131,7 @@ class TestCorrelationBlocks:
         last = last if with_last else None
         module = launched("correlation_blocks", square=square)
         out = module.correlation_blocks(on_gpu(halves), layout, [border], last)
-        expected = correlated((halves, border), layout, 3, last)
+        expected = naive.correlation_blocks((halves, border), layout, 3, last)
         np.testing.assert_allclose(out, expected, rtol=1e-13)
         np.testing.assert_array_equal(out, out.T)
 
@@ -160,14 +145,18 @@ class TestCorrelationBlocks:
         layout = BlockLayout((2, 2), layout.pairs[:1], layout.blocks[:1])
         out = module.correlation_blocks(on_gpu(halves), layout, last=last)
         assert out.dtype == "float32"
-        np.testing.assert_allclose(out, correlated([halves], layout, channels, last), rtol=1e-5)
+        np.testing.assert_allclose(
+            out, naive.correlation_blocks([halves], layout, channels, last), rtol=1e-5
+        )
 
     def test_a_block_steps_past_the_grid(self, launched, on_gpu, arguments, monkeypatch):
         module = launched("correlation_blocks", square=(2, 1))
         monkeypatch.setattr(module, "num_blocks", lambda size, threads: 1)
         parts, layout, last = arguments(channels=2)
         out = module.correlation_blocks(on_gpu(parts[0]), layout, parts[1:], last)
-        np.testing.assert_allclose(out, correlated(parts, layout, 2, last), rtol=1e-13)
+        np.testing.assert_allclose(
+            out, naive.correlation_blocks(parts, layout, 2, last), rtol=1e-13
+        )
 
     def test_no_channels(self, launched, on_gpu, arguments):
         (halves, border), layout, last = arguments(channels=0)
