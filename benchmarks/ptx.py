@@ -103,15 +103,16 @@ def kernels() -> Iterator[Kernel]:
             table = array(types.int64, 2)
             arguments = (array(scalar, 5), table, vector, array(scalar, 2), types.boolean)
             yield Kernel(f"correlation_blocks {side}", dtype, function, arguments, dtype)
+        yield Kernel("averaged check", dtype, averaged._check, (vector, flag), dtype)
         symmetric = averaged.symmetric(*averaged.SQUARE)
         for words, factor in (("", number), (", device scalars", vector)):
             factors = factor, factor
             name = f"averaged{words}"
             yield Kernel(
-                name, dtype, averaged._average, (vector, vector, *factors, vector, flag), dtype
+                name, dtype, averaged._average, (vector, vector, *factors, flag, vector), dtype
             )
             name = f"averaged symmetric{words}"
-            yield Kernel(name, dtype, symmetric, (cube, cube, *factors, cube, flag), dtype)
+            yield Kernel(name, dtype, symmetric, (cube, cube, *factors, flag, cube), dtype)
 
 
 def ptx(kernel: Kernel, architecture: tuple[int, int]) -> str:

@@ -89,7 +89,6 @@ class MovingAverage(Described):
         if is_readable(new):
             return AverageStep(self, total, total_weight, None, bool(finite))
         xp = array_namespace(new)
-        total = xp.where(finite, total, self.total)
         place = {"dtype": new.dtype, "device": device_of(new)}
         total_weight = xp.where(
             finite, xp.asarray(total_weight, **place), xp.asarray(self.weight, **place)
@@ -259,9 +258,10 @@ def averaged(
 ) -> tuple[Array, Array]:
     """``decay * total + weight * new``, and whether what is averaged in is finite: a 0-d bool.
 
-    Of the dtype of the arrays; the numbers are Python's or 0-d arrays of that dtype. With
-    `symmetrize` the symmetric part of `new` [..., n, n] is averaged in, ``(new + new^T) / 2``: what
-    a matrix product leaves asymmetric need not be mended in a pass of its own.
+    If it is not, `total` as it is. Of the dtype of the arrays; the numbers are Python's or 0-d
+    arrays of that dtype. With `symmetrize` the symmetric part of `new` [..., n, n] is averaged in,
+    ``(new + new^T) / 2``: what a matrix product leaves asymmetric need not be mended in a pass of
+    its own.
     """
     xp = array_namespace(total, new)
     if symmetrize:
@@ -269,8 +269,11 @@ def averaged(
     result = decay * total
     # An array of this function's own, so that it may be added to.
     result += new if isinstance(weight, float) and weight == 1.0 else weight * new
-    finite = is_finite(new) if is_readable(new) else xp.all(xp.isfinite(new))
-    return result, finite
+    if is_readable(new):
+        finite = is_finite(new)
+        return result if finite else total, finite
+    finite = xp.all(xp.isfinite(new))
+    return xp.where(finite, result, total), finite
 
 
 @averaged.checks

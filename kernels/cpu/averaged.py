@@ -18,7 +18,7 @@ def averaged(total: Any, new: Any, decay: Any, weight: Any, symmetrize: bool = F
     finite = _fill(
         total.reshape(-1), new.reshape(-1), scalar(decay), scalar(weight), out.reshape(-1)
     )
-    return out, finite
+    return out if finite else total, finite
 
 
 @compiled

@@ -26,7 +26,9 @@ def averaged(total: Any, new: Any, decay: Any, weight: Any, symmetrize: bool = F
             shaped = (a.reshape(shape) for a in (total, new, out))
             old, added, result, flag = on_device(*shaped, finite.reshape(1))
             factors = _readable(decay, new.dtype), _readable(weight, new.dtype)
-            launch(old, added, *factors, result, flag, stream=current_stream())
+            stream = current_stream()
+            check(added, flag, stream=stream)
+            launch(old, added, *factors, flag, result, stream=stream)
     return out, finite
 
 
@@ -37,22 +39,28 @@ def _readable(number: Any, dtype: Any) -> Any:
     return (dtype.type(number),)
 
 
+def check(new: Any, finite: Any, *, threads: int = 256, stream: Any = 0) -> None:
+    """Set `finite` [1] to False unless all of `new` is finite."""
+    flat = new.reshape(new.size)
+    configured(_check, num_blocks(new.size, threads), threads, stream)(flat, finite)
+
+
 def launch(
     total: Any,
     new: Any,
     decay: Any,
     weight: Any,
-    out: Any,
     finite: Any,
+    out: Any,
     *,
     square: tuple[int, int] = SQUARE,
     stream: Any = 0,
 ) -> None:
-    """Fill `out` [n], or [B, n, n] with the symmetric part of `new`; set `finite` [1] to False.
+    """Fill `out` [n], or [B, n, n] with the symmetric part of `new`.
 
-    `finite` stays True if all that is averaged in is finite. `decay` and `weight` hold one number.
+    With `total` where `finite` [1] is False. `decay` and `weight` hold one number each.
     """
-    arguments = total, new, decay, weight, out, finite
+    arguments = total, new, decay, weight, finite, out
     if out.ndim == 1:
         threads = math.prod(square)
         configured(_average, num_blocks(out.size, threads), threads, stream)(*arguments)
@@ -64,13 +72,22 @@ def launch(
 
 # Casts, here and below: see `squared_tiles`.
 @cuda.jit
-def _average(total, new, decay, weight, out, finite):
-    """Write every element of `out` [n]: thread i the elements i, i + number of threads, ..."""
-    for i in range(cuda.grid(1), out.size, cuda.gridsize(1)):
-        value = new[uint64(i)]
-        out[uint64(i)] = decay[0] * total[uint64(i)] + weight[0] * value
-        if not math.isfinite(value):
+def _check(new, finite):
+    """Write False to `finite` [1] if an element of `new` [n] is not: thread i looks at i, ..."""
+    for i in range(cuda.grid(1), new.size, cuda.gridsize(1)):
+        if not math.isfinite(new[uint64(i)]):
             finite[0] = False  # whoever writes, writes this
+
+
+@cuda.jit
+def _average(total, new, decay, weight, finite, out):
+    """Write every element of `out` [n]: thread i the elements i, i + number of threads, ..."""
+    is_taken = finite[0]
+    for i in range(cuda.grid(1), out.size, cuda.gridsize(1)):
+        value = total[uint64(i)]
+        if is_taken:
+            value = decay[0] * value + weight[0] * new[uint64(i)]
+        out[uint64(i)] = value
 
 
 @functools.cache
@@ -85,10 +102,10 @@ def symmetric(side: int, height: int) -> Any:
     row, each = side + 1, side // height
 
     @cuda.jit
-    def average(total, new, decay, weight, out, finite):
+    def average(total, new, decay, weight, finite, out):
         square = cuda.shared.array((side, row), out.dtype)
         x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
-        half = out.dtype.type(0.5)
+        half, is_taken = out.dtype.type(0.5), finite[0]
         count, n = uint32(out.shape[0]), uint32(out.shape[1])
         tiles = uint32((n + (side - 1)) // side)
         item = uint32(cuda.blockIdx.y)
@@ -107,16 +124,20 @@ def symmetric(side: int, height: int) -> Any:
                     i, j = uint32(low * side + k), uint32(right * side + x)
                     if i < n and j < n:
                         value = half * (new[b, i, j] + square[x, k])
-                        out[b, i, j] = decay[0] * total[b, i, j] + weight[0] * value
                         square[x, k] = value
-                        if not math.isfinite(value):
-                            finite[0] = False  # whoever writes, writes this
+                        result = total[b, i, j]
+                        if is_taken:
+                            result = decay[0] * result + weight[0] * value
+                        out[b, i, j] = result
                 cuda.syncthreads()
                 for m in range(each):
                     k = uint32(y + m * height)
                     j, i = uint32(right * side + k), uint32(low * side + x)
                     if right < low and j < n and i < n:
-                        out[b, j, i] = decay[0] * total[b, j, i] + weight[0] * square[k, x]
+                        result = total[b, j, i]
+                        if is_taken:
+                            result = decay[0] * result + weight[0] * square[k, x]
+                        out[b, j, i] = result
                 cuda.syncthreads()
                 right = uint32(right + cuda.gridDim.x)
             item = uint32(item + cuda.gridDim.y)
