@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -129,17 +129,18 @@ class AveragingEstimator(ReadableEstimator):
         ema_decay: Scalar | None = None,
         ema_weight: Scalar | None = None,
         batch_size: float | None = None,
+        only: Collection[FisherFactor] | None = None,
     ) -> None:
         """Average in ``{layer: inputs over towers}`` and the gradients of each source.
 
         Sources are consumed one at a time, and every factor takes one step of its average after
-        the last. `shares` are the cases of all ranks, asked for if None; `batch_size` is what
-        `params_stats` are divided by. The moments of the inputs travel while sources are made. If
-        that is broken off, everything is as before.
+        the last, or those in `only`. `shares` are the cases of all ranks, asked for if None;
+        `batch_size` is what `params_stats` are divided by. The moments of the inputs travel while
+        sources are made. If that is broken off, everything is as before.
         """
         rollback = self.rollback()
         try:
-            self._average_sources(inputs, sources, shares, ema_decay, ema_weight, batch_size)
+            self._average_sources(inputs, sources, shares, ema_decay, ema_weight, batch_size, only)
         except BaseException:
             rollback.undo()
             raise
@@ -153,17 +154,26 @@ class AveragingEstimator(ReadableEstimator):
         ema_decay: Scalar | None,
         ema_weight: Scalar | None,
         batch_size: float | None,
+        only: Collection[FisherFactor] | None,
     ) -> None:
         team, clock = self.team, self._clock
+        blocks, chains = self._blocks, self.layers.chains
+        done: set[FisherFactor] = set()
+        if only is not None:
+            chains = {}
+            blocks = {
+                n: b for n, b in blocks.items() if not set(only).isdisjoint(b.factors.values())
+            }
+            done = {f for block in blocks.values() for f in block.factors.values()} - set(only)
         with team.agreement() as said:
             said.say(self.num_cases(inputs))
             self._require_equal_towers(inputs)
             of_inputs: dict[FisherFactor, Array] = {}
-            for name, block in self._blocks.items():
+            for name, block in blocks.items():
                 # A factor that several blocks share is averaged once.
                 with clock.stage("statistics", name):
-                    of_inputs |= block.input_moments(inputs[name], of_inputs)
-            for chain in self.layers.chains.values():
+                    of_inputs |= block.input_moments(inputs[name], done.union(of_inputs))
+            for chain in chains.values():
                 of_inputs |= chain.input_moments(inputs)
         shares = said.shares() if shares is None else shares
         ready = start_mean(team, of_inputs, shares)
@@ -182,11 +192,11 @@ class AveragingEstimator(ReadableEstimator):
                         grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
                     )
                 new: dict[FisherFactor, Array] = {}
-                for name, block in self._blocks.items():
+                for name, block in blocks.items():
                     data = data_of(block, name, source)
                     with clock.stage("statistics", name):
-                        new |= block.source_moments(inputs[name], data, s, new)
-                for chain in self.layers.chains.values():
+                        new |= block.source_moments(inputs[name], data, s, done.union(new))
+                for chain in chains.values():
                     new |= chain.source_moments(inputs, partial(data_of, source=source), s)
                 add_moments(moments, new)
             if num_sources == 0:

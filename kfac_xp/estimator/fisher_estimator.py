@@ -12,11 +12,10 @@ from kfac_xp.backend import is_readable, library_of
 from kfac_xp.changes import Change, attributes, make
 from kfac_xp.descriptions import place_of
 from kfac_xp.distributed import Communicator, Placement, PlacementStrategy, Team
-from kfac_xp.estimator.averaging import AveragingEstimator
+from kfac_xp.estimator.data_sets import DataSetEstimator
 from kfac_xp.estimator.modes import ESTIMATION_MODES
 from kfac_xp.estimator.shared_work import SharedWork
 from kfac_xp.layer_collection import LayerCollection
-from kfac_xp.linearized_batch import LinearizedBatch
 from kfac_xp.randomness import Generator
 from kfac_xp.representations import require_damping
 from kfac_xp.state import Saveable, Saved
@@ -26,7 +25,7 @@ from kfac_xp.typing import Damping, Linearization, Params, Scalar
 logger = logging.getLogger("kfac_xp.estimator")
 
 
-class FisherEstimator(Saveable, AveragingEstimator):
+class FisherEstimator(Saveable, DataSetEstimator):
     """Statistics of the layers of a collection and products with the approximate Fisher.
 
     Parameters
@@ -189,6 +188,8 @@ class FisherEstimator(Saveable, AveragingEstimator):
     ) -> None:
         """Average one batch into the statistics of every layer.
 
+        As training does it, batch by batch. For the matrix of a data set see `estimate`.
+
         Parameters
         ----------
         statistics
@@ -220,24 +221,13 @@ class FisherEstimator(Saveable, AveragingEstimator):
         RankError
             If another rank has raised. Statistics are unchanged on all ranks.
         """
-        weights = {"ema_decay": ema_decay, "ema_weight": ema_weight}
-        with self.team.agreement() as said:
-            if isinstance(statistics, Mapping):
-                inputs, sources = self._from_arrays(statistics)
-                said.say(self.num_cases(inputs))
-            else:
-                batch = LinearizedBatch(self.layers, statistics, targets)
-                inputs = batch.layer_inputs()
-                size = batch.num_cases if batch_size is None else batch_size
-                said.say(batch.num_cases, size)
-        self.require_equal_ranks()
-        shares = said.shares()
-        if isinstance(statistics, Mapping):
-            self.average_sources(inputs, sources, shares, **weights)
-        else:
-            sources = self.mode_sources(batch, generator, shares)
-            divisor = said.shares(1).total
-            self.average_sources(inputs, sources, shares, batch_size=divisor, **weights)
+        self._average_batch(
+            statistics,
+            targets,
+            lambda cases: (ema_decay, ema_weight),
+            generator=generator,
+            batch_size=batch_size,
+        )
 
     def update_inverses(self) -> None:
         """Recompute every registered power, with one look at the device for all factors.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -125,15 +125,20 @@ class SharedWork:
 
     # ------------------------------------------------------------------ computing
 
-    def update_inverses(self) -> None:
-        """Every rank recomputes its factors' powers, and gives them to those that keep them."""
+    def update_inverses(self, only: Collection[FisherFactor] | None = None) -> None:
+        """Every rank recomputes its factors' powers, and gives them to those that keep them.
+
+        Of all factors, or of those in `only`.
+        """
+        factors = [f for f in self._factors() if only is None or f in only]
         if self._team.is_alone:
-            refresh_factors(self._factors())
+            refresh_factors(factors)
             return
-        placement, owners, factors = self.placement, self._owners, self._factors()
+        placement = self.placement
+        owners = {f: rank for f, rank in self._owners.items() if only is None or f in only}
         with self._team.agreement():
             refresh_powers(factors, lambda f: owners.get(f) == self._team.rank)
-        parcels = self._parcels()
+        parcels = self._parcels(owners)
         everywhere = self._followed()
         by_all = [f for f in owners if f in everywhere]
         by_column = [
@@ -154,9 +159,9 @@ class SharedWork:
         with self._team.agreement():
             follow(factors)
 
-    def _parcels(self) -> dict[FisherFactor, Parcel]:
-        """What every factor's owner says of it."""
-        order = list(self._owners)
+    def _parcels(self, factors: Iterable[FisherFactor]) -> dict[FisherFactor, Parcel]:
+        """What the owner of each of these factors says of it."""
+        order = list(factors)
         own = {i: _parcel(f) for i, f in enumerate(order) if self._owners[f] == self._team.rank}
         told: dict[int, Parcel] = {}
         for parcels in self._team.communicator.gather_objects(own):
@@ -244,7 +249,7 @@ class SharedWork:
             computed = [f for f in self._owners if f.powers.state_dict().get("decomposition")]
         if not computed:
             return {}
-        parcels = self._parcels()
+        parcels = self._parcels(self._owners)
         whole = self._team.communicator
         stored = self._sent(whole, range(self._team.size), computed, parcels)
         return {f: {"stored": stored[f], **parcels[f].rest} for f in computed}

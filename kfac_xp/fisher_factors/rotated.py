@@ -141,8 +141,10 @@ class RotatedDiagonalFactor(DiagonalFactor):
         """
         if self._basis is None:
             raise RuntimeError(
-                f"{self.name} has no eigenbasis yet. Update the covariances and then call "
-                "`update_inverses()` of the block or estimator first."
+                f"{self.name} has no eigenbasis yet, in which EKFAC measures its eigenvalues. For "
+                "the matrix of a data set call `estimator.estimate(batches)`, which makes one and "
+                "measures in it; in training call `update_cov` and then `update_inverses()`, after "
+                "which they start as those of K-FAC."
             )
         return self._basis
 
