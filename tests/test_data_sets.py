@@ -47,6 +47,7 @@ def batches_of(x, ds, cut, xp=np):
     ]
 
 
+@pytest.mark.more
 def test_one_call_is_the_matrix_of_the_data(xp, rng):
     x, ds = rng.normal(size=(9, 3)), rng.normal(size=(9, 2))
     estimator = dense_estimator(xp)

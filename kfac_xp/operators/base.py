@@ -6,11 +6,16 @@ import abc
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from kfac_xp.backend import array_namespace
+import numpy as np
+
+from kfac_xp.backend import array_namespace, device_of
 from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.params import IndexedSlices
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Scalar
+
+CHUNK_ELEMENTS = 2**20
+"""Entries of an array that are made at once on the way to entries of a matrix."""
 
 ROUNDING = 10
 """Eigenvalues below so many machine epsilons of the largest are rounding, and count as zero."""
@@ -81,6 +86,25 @@ class LinearOperator(Described):
     def _right(self, x: Array) -> Array:
         """``x @ M`` for x of shape [k, n]."""
 
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """The entries where these rows and columns cross, shape [len(rows), len(columns)].
+
+        Of positions on the host. Here by products with unit vectors, some at a time, of the rows
+        or of the columns, whichever are fewer.
+        """
+        if len(rows) < len(columns):
+            return array_namespace(self.like).matrix_transpose(self.T.entries_at(columns, rows))
+        xp, n, device = array_namespace(self.like), self.domain_dimension, device_of(self.like)
+        places, wanted = xp.arange(n, device=device), xp.asarray(rows, device=device)
+        width, pieces = max(1, CHUNK_ELEMENTS // max(1, n)), []
+        for start in range(0, len(columns), width):
+            part = xp.asarray(columns[start : start + width], device=device)
+            units = xp.astype(places[:, None] == part[None, :], self.dtype)
+            pieces.append(xp.take(self._left(units), wanted, axis=0))
+        if not pieces:
+            return xp.zeros((len(rows), 0), dtype=self.dtype, device=device)
+        return xp.concat(pieces, axis=1)
+
     @property
     def dtype(self) -> Any:
         """Dtype of the entries."""
@@ -116,8 +140,6 @@ class LinearOperator(Described):
         return self.matmul_right(x)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        import numpy as np
-
         return np.asarray(self.to_dense(), dtype=dtype)
 
     def _facts(self) -> dict[str, str]:
@@ -202,6 +224,14 @@ class LinearOperator(Described):
 
 
 Operators: TypeAlias = dict[str, LinearOperator]
+
+
+def on_diagonal(entries: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    """What `LinearOperator.entries_at` is of a diagonal matrix."""
+    xp, device = array_namespace(entries), device_of(entries)
+    taken = xp.take(entries, xp.asarray(rows, device=device), axis=0)[:, None]
+    crossings = xp.asarray(rows[:, None] == columns[None, :], device=device)
+    return xp.where(crossings, taken, xp.zeros_like(taken))
 
 
 def norm_of(x: Array) -> Array:

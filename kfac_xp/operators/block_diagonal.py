@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from kfac_xp.backend import array_namespace, cast, device_of
 from kfac_xp.operators.base import LinearOperator, Spectrum, norm_of
 from kfac_xp.typing import Array, Scalar
@@ -69,6 +71,32 @@ class BlockDiagonal(LinearOperator):
     def diagonal(self) -> Array:
         """The diagonal, shape [n]."""
         return self._joined(lambda block: block.diagonal())
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`: of blocks that have such rows and columns."""
+        xp, place = (
+            array_namespace(self.like),
+            {"dtype": self.dtype, "device": device_of(self.like)},
+        )
+        ends = np.asarray(self._ends())
+        of_rows, of_columns = (np.searchsorted(ends, i, side="right") for i in (rows, columns))
+        bands = [xp.zeros((0, len(columns)), **place)]
+        for b, block in enumerate(self.blocks.values()):
+            first = ends[b] - block.domain_dimension
+            here, there = rows[of_rows == b] - first, columns[of_columns == b] - first
+            before, after = (
+                xp.zeros((len(here), int(np.sum(count))), **place)
+                for count in (of_columns < b, of_columns > b)
+            )
+            if len(here) and len(there):
+                found = cast(block.entries_at(here, there), self.dtype)
+            else:
+                found = xp.zeros((len(here), len(there)), **place)
+            bands.append(xp.concat([before, found, after], axis=1))
+        # From the order of the blocks back to that of the positions.
+        back = (np.argsort(np.argsort(of, kind="stable")) for of in (of_rows, of_columns))
+        by_row, by_column = (xp.asarray(order, device=place["device"]) for order in back)
+        return xp.take(xp.take(xp.concat(bands), by_row, axis=0), by_column, axis=1)
 
     def spectrum(self) -> Spectrum:
         """The blocks' eigenvalues one after another."""

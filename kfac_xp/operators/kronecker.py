@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from kfac_xp.backend import array_namespace
+import numpy as np
+
+from kfac_xp.backend import array_namespace, device_of
 from kfac_xp.linalg import kron
-from kfac_xp.operators.base import LinearOperator, Spectrum
+from kfac_xp.operators.base import CHUNK_ELEMENTS, LinearOperator, Spectrum
 from kfac_xp.operators.diagonalized import Diagonalized
 from kfac_xp.params import IndexedSlices
 from kfac_xp.typing import Array, Scalar
@@ -57,6 +59,22 @@ class KroneckerProduct(LinearOperator):
         xp = array_namespace(self.A.diagonal())
         outer = self.A.diagonal()[:, None] * self.G.diagonal()[None, :]
         return self.scale * xp.reshape(outer, (-1,))
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`: products of entries of the sides."""
+        xp, device, d_out = array_namespace(self.like), device_of(self.like), self.G.shape[0]
+        product = self.scale
+        for side, of in ((self.A, np.floor_divide), (self.G, np.remainder)):
+            # Many parameters share a row: each entry of a side is made once.
+            own, back = zip(
+                *(np.unique(of(i, d_out), return_inverse=True) for i in (rows, columns)),
+                strict=True,
+            )
+            found = side.entries_at(*own)
+            for axis, order in enumerate(back):
+                found = xp.take(found, xp.asarray(order, device=device), axis=axis)
+            product = product * found
+        return product
 
     def spectrum(self) -> Spectrum:
         """Products of the sides' eigenvectors, and of their eigenvalues."""
@@ -125,6 +143,38 @@ class KroneckerEigen(Diagonalized):
     def with_values(self, values: Array) -> KroneckerEigen:
         """Other values in the same basis."""
         return KroneckerEigen(self.U, self.V, values)
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`: from these rows of the eigenvectors.
+
+        Or by products with unit vectors, where that is less work.
+        """
+        d_in, d_out = self.U.domain_dimension, self.V.domain_dimension
+        if max(len(rows), len(columns)) > 2 * (d_in + d_out):
+            return super().entries_at(rows, columns)
+        xp = array_namespace(self.values)
+        values = xp.reshape(self.values, (d_in, d_out))
+        (u, v), (s, t) = (self._rows(i) for i in (rows, columns))
+        width = max(1, CHUNK_ELEMENTS // max(1, (len(rows) + len(columns)) * d_out))
+        total = xp.zeros((len(rows), len(columns)), dtype=self.dtype, device=device_of(self.values))
+        for start in range(0, d_in, width):
+            part = slice(start, min(start + width, d_in))
+            size = (part.stop - start) * d_out
+            left = (u[:, part, None] * values[None, part, :]) * v[:, None, :]
+            right = s[:, part, None] * t[:, None, :]
+            left, right = (xp.reshape(x, (x.shape[0], size)) for x in (left, right))
+            total = total + xp.matmul(left, xp.matrix_transpose(right))
+        return total
+
+    def _rows(self, places: np.ndarray) -> tuple[Array, Array]:
+        """For each place the row of U and the row of V that its eigenvectors' entries are of."""
+        d_out, found = self.V.domain_dimension, []
+        for side, own in ((self.U, places // d_out), (self.V, places % d_out)):
+            xp = array_namespace(side.like)
+            once, back = np.unique(own, return_inverse=True)
+            rows = side.entries_at(once, np.arange(side.domain_dimension))
+            found.append(xp.take(rows, xp.asarray(back, device=device_of(side.like)), axis=0))
+        return found[0], found[1]
 
     def apply(self, mat: Array) -> Array:
         """The product with a matrix V of shape [d_in, d_out], or with `IndexedSlices` of one.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, as_scalar_like, cast, device_of
-from kfac_xp.operators.base import LinearOperator, Spectrum, norm_of
+from kfac_xp.operators.base import LinearOperator, Spectrum, norm_of, on_diagonal
 from kfac_xp.operators.stored import FullMatrix
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Scalar
@@ -83,6 +85,15 @@ class DiagonalPlusLowRank(LinearOperator):
         """The diagonal, shape [n]."""
         xp = array_namespace(self.entries)
         return self.entries + self.scale * xp.sum(self.columns * self.columns, axis=1)
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`: of some rows of W."""
+        xp, device = array_namespace(self.columns), device_of(self.columns)
+        left, right = (
+            xp.take(self.columns, xp.asarray(i, device=device), axis=0) for i in (rows, columns)
+        )
+        product = xp.matmul(left, xp.matrix_transpose(right))
+        return on_diagonal(self.entries, rows, columns) + self.scale * product
 
     def spectrum(self) -> Spectrum:
         """That of the dense matrix.

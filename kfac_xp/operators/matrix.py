@@ -12,8 +12,9 @@ from kfac_xp.backend import array_namespace, as_scalar_like, cast, require_one_p
 from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.operators.base import LinearOperator
 from kfac_xp.operators.scipy_views import scipy_operator
-from kfac_xp.operators.spaces import VectorSpace, cast_back
+from kfac_xp.operators.spaces import ModelSpace, VectorSpace, cast_back
 from kfac_xp.params import IndexedSlices
+from kfac_xp.precision import exact_products
 from kfac_xp.randomness import Generator, generate_random_signs, normal
 from kfac_xp.typing import Array, Scalar
 
@@ -163,6 +164,66 @@ class CurvatureMatrix(Described):
     def __truediv__(self, divisor: Scalar) -> CurvatureMatrix:
         return self * (1 / divisor)
 
+    # ------------------------------------------------------------------ parts
+
+    def layer(self, name: str) -> CurvatureMatrix:
+        """The block of one layer, of the matrix of a model that is block diagonal.
+
+        ``M.layer(name).inv()`` is the posterior covariance of a layer, and the same as
+        ``M.inv().layer(name)``, without the inverses of all others.
+
+        Raises
+        ------
+        KeyError
+            If there is no such layer.
+        TypeError
+            If the matrix is that of a single layer.
+        NotImplementedError
+            If the matrix has entries between layers.
+        """
+        if not isinstance(self.space, ModelSpace):
+            raise TypeError("the matrix is that of one layer already; `layer` parts a model's.")
+        if name not in self.space.layers:
+            raise KeyError(f"there is no layer {name!r}; there are {list(self.space.layers)}.")
+        parts = self.operator.parts()
+        if name not in parts:
+            raise NotImplementedError(
+                f"{type(self.operator).__name__} is not made of a block for each layer. Take the "
+                "entries of a layer by `submatrix`."
+            )
+        return CurvatureMatrix(parts[name], self.space.layers[name])
+
+    def submatrix(self, rows: Any, columns: Any = None) -> Array:
+        """The entries where some rows and columns cross, dense: shape [r, c].
+
+        ``M.inv().submatrix(places)`` is the posterior covariance of these parameters, all others
+        integrated out. The whole matrix is not made: of a stored matrix and a Kronecker product
+        entries are looked up and multiplied, in an eigenbasis summed over it; of what is known by
+        its products alone they take one product for each row or column, whichever are fewer.
+
+        Parameters
+        ----------
+        rows : integers of shape [r]
+            Places in flat vectors, from 0, in any order: an array or a list.
+            ``M.unflatten(xp.arange(n))`` has the place of each parameter, in the parameters'
+            shapes. On a device reading them waits.
+        columns : integers of shape [c]
+            As `rows`, and the same if None.
+
+        Raises
+        ------
+        ValueError
+            If they are not one-dimensional, or a place is outside of the matrix.
+        TypeError
+            If they are not integers.
+        NotImplementedError
+            If the matrix has no products in closed form.
+        """
+        left = self._places("rows", rows)
+        right = left if columns is None else self._places("columns", columns)
+        with exact_products(self.operator.like):
+            return self.operator.entries_at(left, right)
+
     # ------------------------------------------------------------------ numbers
 
     def trace(self) -> Array:
@@ -274,6 +335,24 @@ class CurvatureMatrix(Described):
         return {"form": form, "shape": str(list(self.shape)), **facts_of_array(self.operator.like)}
 
     # ------------------------------------------------------------------ helpers
+
+    def _places(self, name: str, places: Any) -> np.ndarray:
+        """Places in flat vectors, on the host, checked."""
+        found = state.to_numpy(places) if hasattr(places, "shape") else np.asarray(places)
+        n = self.shape[0]
+        if found.ndim != 1:
+            raise ValueError(f"`{name}` must be one-dimensional; got shape {found.shape}.")
+        if found.size and not np.issubdtype(found.dtype, np.integer):
+            raise TypeError(
+                f"`{name}` must be integers, places in flat vectors; got dtype {found.dtype}. Of a "
+                "mask in the parameters' shapes they are `np.flatnonzero(M.flatten(mask))`."
+            )
+        if found.size and not (found.min() >= 0 and found.max() < n):
+            raise ValueError(
+                f"`{name}` must be places from 0 to {n - 1}; got from {found.min()} to "
+                f"{found.max()}."
+            )
+        return found.astype(np.int64)
 
     def _is_flat(self, x: Any, axis: int) -> bool:
         """Whether `x` is a flat vector or batch, and not a vector in the parameters' shapes."""

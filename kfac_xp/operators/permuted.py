@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from kfac_xp import state
 from kfac_xp.backend import array_namespace
 from kfac_xp.operators.base import LinearOperator, Spectrum
 from kfac_xp.operators.stored import Diag, FullMatrix
@@ -61,6 +64,11 @@ class Permuted(LinearOperator):
     def diagonal(self) -> Array:
         """The diagonal, shape [n]."""
         return self._ordered(self.base.diagonal())
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`: those of M, at other positions."""
+        there = state.to_numpy(self.inverse)
+        return self.base.entries_at(there[rows], there[columns])
 
     def spectrum(self) -> Spectrum:
         """That of M, in this order."""

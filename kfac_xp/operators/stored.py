@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from kfac_xp import linalg
 from kfac_xp.backend import array_namespace, cast, device_of
-from kfac_xp.operators.base import LinearOperator, Spectrum, norm_of, without_rounding
+from kfac_xp.operators.base import (
+    LinearOperator,
+    Spectrum,
+    norm_of,
+    on_diagonal,
+    without_rounding,
+)
 from kfac_xp.params import IndexedSlices, matmul_diag_sparse
 from kfac_xp.precision import exact_products
 from kfac_xp.typing import Array, Scalar
@@ -45,6 +53,12 @@ class FullMatrix(LinearOperator):
     def diagonal(self) -> Array:
         """The diagonal, shape [n]."""
         return array_namespace(self.matrix).linalg.diagonal(self.matrix)
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`; they are stored."""
+        xp, device = array_namespace(self.matrix), device_of(self.matrix)
+        taken = xp.take(self.matrix, xp.asarray(rows, device=device), axis=0)
+        return xp.take(taken, xp.asarray(columns, device=device), axis=1)
 
     def spectrum(self) -> Spectrum:
         """By ``eigh``; eigenvalues that are zero to rounding are zero."""
@@ -137,6 +151,10 @@ class Diag(LinearOperator):
     def diagonal(self) -> Array:
         """The stored entries."""
         return self.entries
+
+    def entries_at(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """See `LinearOperator.entries_at`; they are stored, or zero."""
+        return on_diagonal(self.entries, rows, columns)
 
     def spectrum(self) -> Spectrum:
         """The unit vectors and the entries."""
