@@ -176,11 +176,8 @@ def curvature(model: DenseNet, params: Params, x: Array, approx: str) -> kfac_xp
     """The Fisher of the loss summed over the cases `x`, without draws of labels."""
     net = model.linearize(params, x)
     estimator = kfac_xp.FisherEstimator(register(params, approx), 0.0, estimation_mode="exact")
-    estimator.update_cov(net)
-    if approx == "ekfac":  # its eigenvalues are measured in the basis of the last inverse update
-        estimator.update_inverses()
-        estimator.update_cov(net, ema_decay=0.0)
-    return len(x) * estimator.matrix()
+    num_cases = estimator.estimate([net])
+    return num_cases * estimator.matrix()
 
 
 def case_gradients(net: Linearization, cotangents: Array) -> Array:

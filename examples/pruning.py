@@ -68,11 +68,9 @@ def costs(flat: Array, inverse: kfac_xp.CurvatureMatrix) -> Array:
 def step(params: Params, gone: Array, inverse: kfac_xp.CurvatureMatrix) -> Array:
     """Cheapest step, [n], to the parameters in which the entries `gone` are zero."""
     flat = kfac_xp.vectors_to_flat(params)
-    # Columns of H^-1, by a product with unit vectors; all of Q = gone at once.
-    units = np.zeros((len(flat), len(gone)))
-    units[gone, np.arange(len(gone))] = 1
-    columns = inverse @ units
-    d = -columns @ np.linalg.solve(columns[gone], flat[gone])
+    forces = np.zeros(len(flat))
+    forces[gone] = np.linalg.solve(inverse.submatrix(gone), flat[gone])
+    d = -(inverse @ forces)
     d[gone] = -flat[gone]  # exactly
     return d
 
