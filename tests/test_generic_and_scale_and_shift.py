@@ -172,3 +172,29 @@ def test_bad_axes(xp):
     for dims in ((0,), (2,), (1, 1)):
         with pytest.raises(ValueError, match="different axes from 1 to 1"):
             kfac_xp.ScaleAndShiftFullFactor(x, x, dims, has_shift=False)
+
+
+def test_of_generic_parameters_drawn_modes_give_the_fisher_and_exact_ones_do_not(rng):
+    """Logits that are parameters themselves: N cases alike, whose columns of B add up."""
+    logits = rng.normal(size=3)
+
+    class Net:
+        outputs, layer_inputs = np.tile(logits, (8, 1)), {}
+
+        def vjp(self, ds, parameters=True):
+            return {"logits": ds.sum(axis=0)}, {}
+
+    def matrix(mode, num_samples=1):
+        layers = kfac_xp.LayerCollection()
+        layers.register_generic("logits", logits, "full")
+        layers.register_categorical_predictive_distribution("class")
+        estimator = kfac_xp.FisherEstimator(
+            layers, 0.1, estimation_mode=mode, num_samples=num_samples
+        )
+        estimator.update_cov(Net())
+        return estimator.matrix().to_dense()
+
+    p = np.exp(logits) / np.exp(logits).sum()
+    fisher = np.diag(p) - np.outer(p, p)
+    assert_close(matrix("exact"), 8 * fisher, 1e-12)
+    assert_close(matrix("gradients", num_samples=2000), fisher, 0.1)

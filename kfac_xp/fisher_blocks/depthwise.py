@@ -61,9 +61,9 @@ class _Depthwise(Convolution):
         if len(shapes) != 1:
             raise NotImplementedError(
                 "`params` of a depthwise convolution must be a kernel [*kernel, C, M] without a "
-                "bias. Use approx='kron_exact' or 'diagonal_exact', which take one, or register "
-                "the bias apart, with `register_generic` or as the shift of "
-                "`register_scale_and_shift`."
+                "bias. Use approx='kron_exact', 'diagonal_exact', 'ekfac', 'tnt' or 'low_rank', "
+                "which take one, or register the bias apart, with `register_generic` or as the "
+                "shift of `register_scale_and_shift`."
             )
         super().__init__(layer_collection, params, *args, kind="depthwise", **keywords)
         # The ordinary convolution has all channels in one group.

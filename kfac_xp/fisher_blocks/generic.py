@@ -153,8 +153,10 @@ class NaiveFullFB(_NaiveFB, FullFB):
     """FisherBlock with a full matrix for any parameters, "square of the sum".
 
     Estimates ``E[g g^T]`` from the gradient g of the loss summed over cases, divided by the number
-    of cases: unbiased in the modes that send independent cotangents of mean zero for each case
-    (all but `empirical`), and of rank 1 for each batch and source.
+    of cases, of rank 1 for each batch and source. It is unbiased in the modes that send independent
+    cotangents of mean zero for each case, ``gradients`` and ``curvature_prop`` (or with ``_GGN``).
+    In ``exact`` and ``empirical`` the cotangents of all cases add up: where their gradients agree,
+    the result is as many times too large as there are cases.
 
     Parameters
     ----------
@@ -204,7 +206,8 @@ class NaiveDiagonalFB(_NaiveFB, DiagonalFB):
         if len(self._shapes) != 1:
             raise ValueError(
                 f"`params` of a NaiveDiagonalFB must be one array; got {len(self._shapes)}. Use "
-                "NaiveFullFB, or a block per parameter."
+                "NaiveFullFB or NaiveLowRankFB (approx='full' or 'low_rank'), or a block for each "
+                "array."
             )
 
     def _make_factor(self, grads: Any, batch_size: int | None) -> None:

@@ -73,9 +73,10 @@ class ConvolutionRegistry(LayerEntries):
             ``kernel_layout``: order of the kernel's axes in parameters, gradients and results,
             ``"HWIO"`` or the same letters in another order, such as ``"OIHW"``. ``rank``: how many
             eigenvectors ``"low_rank"`` keeps, 10 unless given. ``inputs_of`` and
-            ``reuse`` as for `register_fully_connected`; ``patch_mask``, and for ``"kron"``
-            and ``"ekfac"`` ``sub_sample_inputs``, ``sub_sample_patches`` and ``generator``, as for
-            `ConvKFCBasicFB`, the mask in the library's order.
+            ``reuse`` as for `register_fully_connected`; ``patch_mask`` (not with ``"kron_sua"``),
+            and for ``"kron"`` and ``"ekfac"`` without groups ``sub_sample_inputs``,
+            ``sub_sample_patches`` and ``generator``, as for `ConvKFCBasicFB`, the mask in the
+            library's order.
 
         Raises
         ------
@@ -98,7 +99,11 @@ class ConvolutionRegistry(LayerEntries):
         approx: str | None = None,
         **keywords: Any,
     ) -> FisherBlock:
-        """Register a convolution over any number of axes. See `register_conv2d`."""
+        """Register a convolution over any number of axes. See `register_conv2d`.
+
+        The arguments have the reference's order and names, which here are others: `padding` comes
+        before `strides`, and `dilation_rate` is what is called ``dilations`` there.
+        """
         num_axes = max(1, len(param_shapes(params)[0]) - 2)
         return self._register_convolution(
             name, params, num_axes, strides, padding, dilation_rate, data_format, approx, **keywords
@@ -185,7 +190,8 @@ class ConvolutionRegistry(LayerEntries):
         ----------
         name, params, strides, padding, data_format, reuse
             As for `register_conv2d`. Outputs are [N, *out, C * M], channel ``i * M + j`` being
-            filter j of input channel i. A bias [C * M] goes with the exact approximations.
+            filter j of input channel i. A bias [C * M] goes with all approximations but
+            ``"diagonal"`` and ``"kron"``.
         rate
             Dilation: one int per spatial axis, or with the batch and channel axes.
         approx

@@ -30,7 +30,7 @@ class LayerRegistry(ConvolutionRegistry):
         inputs_of: str | None = None,
         reuse: bool = False,
     ) -> FisherBlock:
-        """Register a dense layer.
+        """Register a dense layer: inputs [N, d_in], gradients of its outputs [N, d_out].
 
         Parameters
         ----------
@@ -55,7 +55,8 @@ class LayerRegistry(ConvolutionRegistry):
             With ``"low_rank"``: how many eigenvectors are kept; 10 if None.
         inputs_of
             Name of a registered layer that has the same inputs, as query, key and value have:
-            both then share one input factor.
+            both then share one input factor. It needs the same size, bias and approximation, one
+            with an input factor of its own: not ``"diagonal"``, ``"tnt"`` or ``"low_rank"``.
         reuse
             Add another tower to the layer already registered under this name.
 
@@ -227,6 +228,11 @@ class LayerRegistry(ConvolutionRegistry):
     ) -> FisherBlock:
         """Register parameters of any kind, by the gradient of the loss with respect to them.
 
+        A backward pass gives one gradient of them, of the loss summed over all cases; statistics
+        are its square, divided by the number of cases. That is the Fisher in the mean over draws
+        (modes ``gradients``, ``curvature_prop``), and far too large in the modes ``exact`` and
+        ``empirical``, where cases do not cancel: see `NaiveFullFB`.
+
         Parameters
         ----------
         name
@@ -234,12 +240,18 @@ class LayerRegistry(ConvolutionRegistry):
         params
             An array, or a tuple of arrays.
         approx
-            ``"diagonal"`` (the default, for one array), ``"full"`` or ``"low_rank"``. See
-            `NaiveFullFB`.
+            ``"diagonal"`` (the default; of one array alone, so that a tuple needs one of the
+            others), ``"full"`` or ``"low_rank"``.
         rank
             With ``"low_rank"``: how many eigenvectors are kept; 10 if None.
         reuse
             Add another tower to the parameters already registered under this name.
+
+        Raises
+        ------
+        ValueError
+            If `params` is a tuple and the approximation diagonal, and as for
+            `register_fully_connected`.
         """
         self._check_name(name, params, reuse)
         maker = self._maker("generic", name, approx)

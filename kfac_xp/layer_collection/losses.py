@@ -44,9 +44,21 @@ class LossRegistry(abc.ABC):
     def register_categorical_predictive_distribution(
         self, name: str, coeff: float = 1.0, *, reuse: bool = False
     ) -> None:
-        """The output `name` is logits [N, K] of a class: softmax cross-entropy.
+        """The output `name` is logits [N, ..., K] of K classes: softmax cross-entropy.
 
-        `coeff` multiplies the loss. Targets are integers [N].
+        The loss is ``-coeff * sum(log p[targets])`` over cases and over the axes between them and
+        the classes, the positions of a sequence or the pixels of an image. Targets are integers
+        [N, ...] below K. Only cases are averaged over afterwards: with ``coeff=1 / T`` the loss is
+        a mean over T places, too.
+
+        Parameters
+        ----------
+        name
+            Name of the output of the model.
+        coeff
+            Positive factor of the loss, and of its Fisher.
+        reuse
+            As for `register_loss`, which tells the errors.
         """
         self.register_loss(name, CategoricalLogitsNegativeLogProbLoss, coeff, reuse=reuse)
 
@@ -55,9 +67,23 @@ class LossRegistry(abc.ABC):
     def register_normal_predictive_distribution(
         self, name: str, var: float = 0.5, coeff: float = 1.0, *, reuse: bool = False
     ) -> None:
-        """The output `name` is the mean of a normal distribution with variance `var`.
+        """The output `name`, [N, ...], is the mean of normal laws with variance `var`.
 
-        The loss is ``coeff / (2 var) * sum((targets - mean)**2)`` plus a constant.
+        The loss is ``coeff / (2 var) * sum((targets - mean)**2)`` plus a constant, over all
+        entries. Targets have the shape of the output.
+
+        Parameters
+        ----------
+        name, coeff, reuse
+            As for `register_categorical_predictive_distribution`.
+        var
+            Variance of each entry, a positive number: the Fisher is ``coeff / var`` times the
+            identity.
+
+        Raises
+        ------
+        ValueError
+            If `var` is not positive, and as for `register_loss`.
         """
         if not var > 0:
             raise ValueError(f"`var` must be a positive number; got {var!r}.")
@@ -70,15 +96,21 @@ class LossRegistry(abc.ABC):
     def register_squared_error_loss(
         self, name: str, coeff: float = 1.0, *, reuse: bool = False
     ) -> None:
-        """The loss is the squared error of the output `name` (plus a constant)."""
+        """The loss is the squared error of the output `name`, [N, ...], plus a constant.
+
+        ``coeff * sum((targets - output)**2)`` over all entries: no half, and no mean over entries
+        of a case. It is `register_normal_predictive_distribution` with variance 1/2.
+        """
         self.register_normal_predictive_distribution(name, 0.5, coeff, reuse=reuse)
 
     def register_multi_bernoulli_predictive_distribution(
         self, name: str, coeff: float = 1.0, *, reuse: bool = False
     ) -> None:
-        """The output `name` is logits of independent bits: sigmoid cross-entropy.
+        """The output `name` is logits [N, ...] of independent bits: sigmoid cross-entropy.
 
-        Targets have the shape of the logits, with entries in [0, 1].
+        The loss is a sum over all entries, times `coeff`. Targets have the shape of the logits,
+        with entries in [0, 1]. Parameters are those of
+        `register_categorical_predictive_distribution`.
         """
         self.register_loss(name, MultiBernoulliNegativeLogProbLoss, coeff, reuse=reuse)
 
@@ -92,12 +124,14 @@ class LossRegistry(abc.ABC):
         Parameters
         ----------
         name
-            Name of the output of the model that the loss is a function of.
+            Name of the output of the model that the loss is a function of: the key in
+            ``net.outputs``, or any name where that is no dict.
         make
             ``make(outputs, targets)`` returns the loss of one batch: see `kfac_xp.loss_functions`
             for the methods that it needs.
         coeff
-            Positive factor of the loss.
+            Positive factor of the loss, and of its Fisher and Gauss-Newton matrix. (The empirical
+            Fisher, of squared gradients, has its square.)
         reuse
             Add another tower to the loss already registered under this name.
 

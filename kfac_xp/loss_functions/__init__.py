@@ -1,8 +1,9 @@
 """Losses: negative log probabilities of a model's outputs, with their Fisher.
 
 A loss is made for each batch from the outputs of the model and the targets. Everything is a *sum*
-over cases. The outputs are an array, or a tuple of arrays; gradients and vectors are structured
-like them.
+over cases, and over places, where outputs have axes between that of the cases and that of the
+classes; so is the Fisher of a case. Nothing is divided by the number of places. The outputs are an
+array, or a tuple of arrays; gradients and vectors are structured like them.
 
 A loss of the user's own is any object with the methods that its use needs. It need not derive from
 `LossFunction`; the base classes only spare some of the methods.

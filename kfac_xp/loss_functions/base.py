@@ -13,7 +13,10 @@ from kfac_xp.typing import Array, Params
 
 
 class LossFunction(Described):
-    """A function of the model's outputs and targets, summed over cases.
+    """A function of the model's outputs and targets, summed over cases and places.
+
+    The first axis of the outputs is cases. Axes after it, but for a last one over classes, are
+    places: all of a case belong to it, so that its loss and its Fisher are sums over them.
 
     Parameters
     ----------
@@ -66,7 +69,7 @@ class LossFunction(Described):
 
     @abc.abstractmethod
     def evaluate(self) -> Array:
-        """The loss on the targets: 0-d, summed over cases, constants included."""
+        """The loss on the targets: 0-d, summed over cases and places, constants included."""
 
     @abc.abstractmethod
     def gradient(self) -> Params:
@@ -155,7 +158,7 @@ class NegativeLogProbLoss(LossFunction):
 
     @abc.abstractmethod
     def sample(self, generator: Generator) -> Array:
-        """Targets drawn from the model's distribution, one per case."""
+        """Targets drawn from the model's distribution, as those of the data are."""
 
     def evaluate_on_sample(self, generator: Generator) -> Array:
         """The loss on targets drawn from the model."""

@@ -27,6 +27,8 @@ class CategoricalLogitsNegativeLogProbLoss(
 ):
     """Categorical distribution with the model's outputs as logits: softmax cross-entropy.
 
+    One class for each row of logits: of a case, or of each place of a case.
+
     Parameters
     ----------
     logits : shape [N, ..., K]
