@@ -518,3 +518,19 @@ def test_the_quality_of_bases():
     assert left["`eigh`"] < 1e-12
     assert left["`refinement`, every 5"] < 1e-12
     assert left["`eigh`, turned by 0.03"] < left["`eigh`, turned by 1"]
+
+
+def test_rare_ids():
+    """Ids are unknown only where statistics are rarer than steps; controls do what they say."""
+    rare_ids = importlib.import_module("benchmarks.rare_ids")
+    found = {
+        name: rare_ids.train("kron_in_diag", 0.01, (3, 3), 3, 0, **settings)
+        for name, settings in rare_ids.WAYS.items()
+    }
+    assert rare_ids.train("ekfac", 0.01, (3, 1), 3, 0).unknown == 0
+    assert found["as it is"].unknown > 0
+    assert found["zeroed"].unknown == 0 < found["zeroed"].known
+    assert found["frozen"][2:] == (0, 0)
+    assert found["true frequencies"].unknown < found["as it is"].unknown
+    lines = list(rare_ids.table("ekfac", (0.1,), 1, range(1), {"as it is": {}}))
+    assert [line.count("|") for line in lines] == [8] * 5

@@ -200,3 +200,37 @@ def test_training_an_embedding_with_sparse_gradients(rng):
         )
         results.append(mat2d(new["words"]))
     assert np.array_equal(*results)
+
+
+def test_an_id_counts_from_the_update_of_the_statistics_that_has_it(rng):
+    """The frequencies and the split of the damping are of now, the output factor's inverse not."""
+    layers = kfac_xp.LayerCollection()
+    block = layers.register_fully_connected(
+        "ids", np.zeros((50, 2)), "kron_in_diag", dense_inputs=False
+    )
+    estimator = kfac_xp.FisherEstimator(layers, 0.01)
+    first, second = np.arange(8) % 3, np.arange(8) % 4
+    ds, others = rng.normal(size=(2, 8, 2))
+    estimator.update_cov({"ids": (first, ds)})
+    estimator.update_inverses()
+    estimator.update_cov({"ids": (second, others)}, ema_decay=0.5)
+    gradient = np.zeros((50, 2))
+    gradient[[0, 3, 4]] = rng.normal(size=(3, 2))  # known, new in the second batch, unknown
+
+    def split(A, G):
+        pi = np.sqrt(A.mean() / (np.trace(G) / 2))
+        return pi * 0.1, 0.1 / pi
+
+    old, new = (np.bincount(ids, minlength=50) / 8 for ids in (first, second))
+    A, G = (0.5 * old + new) / 1.5, ds.T @ ds / 8
+    now = block.factors["output"].get_cov()
+    on_inputs, on_outputs = split(A, now)[0], split(old, G)[1]
+    scaled = gradient / (A + on_inputs)[:, None]
+    expected = np.linalg.solve(G + on_outputs * np.eye(2), scaled.T).T
+    step = estimator.multiply_inverse({"ids": gradient})["ids"]
+    assert_close(step, expected, 1e-10)
+    assert A[3] > 0 == A[4]
+    # With both dampings of one time, the row of an unknown id is at most its gradient over damping.
+    estimator.update_inverses()
+    step = estimator.multiply_inverse({"ids": gradient})["ids"]
+    assert np.linalg.norm(step[4]) <= np.linalg.norm(gradient[4]) / 0.01

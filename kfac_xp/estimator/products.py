@@ -130,7 +130,8 @@ class BlockwiseProducts:
         """The block diagonal matrix of all registered layers: see `FisherBlock.matrix`.
 
         Parameters without a registered layer are not in it. Statistics are means over cases: for
-        a data set of N cases the curvature of the summed loss is ``N * estimator.matrix()``.
+        a data set of N cases the curvature of the summed loss is ``N * estimator.matrix()``, after
+        `estimate`, which takes exactly its batches.
         """
         blocks = {name: block.matrix(damping, split) for name, block in self._blocks.items()}
         operator = BlockDiagonal({name: m.operator for name, m in blocks.items()})

@@ -29,7 +29,9 @@ class HasMatrix(abc.ABC):
         """The block of now as a matrix, damped if asked for.
 
         Made of the covariances of now, whatever the last inverse update computed; later updates
-        do not change it. In the factors' `decomposition_dtype`, if one is given.
+        do not change it. EKFAC's eigenvectors are those of the last inverse update, and its
+        eigenvalues what was measured in them since, or still those of K-FAC: for the matrix of a
+        data set see `FisherEstimator.estimate`. In the factors' `decomposition_dtype`, if given.
 
         Parameters
         ----------
