@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -158,21 +159,23 @@ class AveragingEstimator(ReadableEstimator):
     ) -> None:
         team, clock = self.team, self._clock
         blocks, chains = self._blocks, self.layers.chains
-        done: set[FisherFactor] = set()
+        left_out: dict[FisherFactor, Any] = {}
         if only is not None:
             chains = {}
             blocks = {
                 n: b for n, b in blocks.items() if not set(only).isdisjoint(b.factors.values())
             }
-            done = {f for block in blocks.values() for f in block.factors.values()} - set(only)
+            own = (f for block in blocks.values() for f in block.factors.values())
+            left_out = dict.fromkeys(f for f in own if f not in only)
         with team.agreement() as said:
             said.say(self.num_cases(inputs))
             self._require_equal_towers(inputs)
             of_inputs: dict[FisherFactor, Array] = {}
+            done = ChainMap(of_inputs, left_out)
             for name, block in blocks.items():
                 # A factor that several blocks share is averaged once.
                 with clock.stage("statistics", name):
-                    of_inputs |= block.input_moments(inputs[name], done.union(of_inputs))
+                    of_inputs |= block.input_moments(inputs[name], done)
             for chain in chains.values():
                 of_inputs |= chain.input_moments(inputs)
         shares = said.shares() if shares is None else shares
@@ -192,10 +195,11 @@ class AveragingEstimator(ReadableEstimator):
                         grads if stats is None else map_vectors(lambda a, b: a + b, stats, grads)
                     )
                 new: dict[FisherFactor, Array] = {}
+                done = ChainMap(new, left_out)
                 for name, block in blocks.items():
                     data = data_of(block, name, source)
                     with clock.stage("statistics", name):
-                        new |= block.source_moments(inputs[name], data, s, done.union(new))
+                        new |= block.source_moments(inputs[name], data, s, done)
                 for chain in chains.values():
                     new |= chain.source_moments(inputs, partial(data_of, source=source), s)
                 add_moments(moments, new)

@@ -242,7 +242,8 @@ class ConvolutionRegistry(LayerEntries):
         names
             Names of the two layers.
         depthwise_params, strides, padding, rate, data_format, reuse
-            As for `register_depthwise_conv2d`; its approximation is the default one.
+            As for `register_depthwise_conv2d`; its approximation is the default one, which
+            with ``"diagonal"`` takes no bias.
         pointwise_params
             Kernel [1, 1, C * M, C_out], or a pair (kernel, bias).
         approx
@@ -273,7 +274,7 @@ class ConvolutionRegistry(LayerEntries):
 
         `num_uses` and the form of the data are as for `register_fully_connected_multi`; the
         approximation is ``"kron_indep"`` (the default), ``"ekfac"`` or ``"tnt"``. Otherwise as
-        `register_conv2d`, over any number of axes.
+        `register_conv2d`, over any number of axes, without groups.
         """
         num_axes = max(1, len(param_shapes(params)[0]) - 2)
         return self._register_convolution(
