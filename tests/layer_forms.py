@@ -400,6 +400,6 @@ FORMS = (
         ((3, 2), (2,)),
         dense,
         (3,),
-        refused={"diagonal": "Use NaiveFullFB, or a block per parameter"},
+        refused={"diagonal": "Use NaiveFullFB or NaiveLowRankFB"},
     ),
 )

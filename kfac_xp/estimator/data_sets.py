@@ -28,10 +28,14 @@ class DataSetEstimator(AveragingEstimator):
             precision = (num_cases * estimator.matrix()).plus_identity(prior_precision)
 
         It is one pass of `update_cov` over the batches, weighted by their cases, that forgets what
-        was averaged before. The eigenvalues of EKFAC take a second pass: they are measured, of the
-        same gradients and of nothing else, in the eigenbasis of the factors of the first, so that
-        they are the exact diagonal in it. (In training they are averaged batch by batch, in the
-        basis of the last inverse update, and start as those of K-FAC: see `RotatedDiagonalFactor`.)
+        was averaged before. (What is no mean over cases within a batch depends on how the data are
+        split: the covariances of ``"kron_sua"``, less the mean of their batch, and those of generic
+        parameters, from one gradient for each batch.)
+
+        The eigenvalues of EKFAC take a second pass: they are measured, of the same gradients and of
+        nothing else, in the eigenbasis of the factors of the first, so that they are the exact
+        diagonal in it. (In training they are averaged batch by batch, in the basis of the last
+        inverse update, and start as those of K-FAC: see `RotatedDiagonalFactor`.)
 
         `matrix` has all that it needs then, and so have products with blocks that store no powers,
         EKFAC's among them. Those of other blocks stay as last computed: `update_inverses`.
