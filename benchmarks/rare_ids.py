@@ -43,6 +43,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "frozen": {"control": "frozen"},
     "zeroed": {"control": "zeroed"},
     "true frequencies": {"control": "true frequencies"},
+    "pi_type='off'": {"options": {"pi_type": "off"}},
+    "damping_split='exact'": {"options": {"damping_split": "exact"}},
     "initial='identity'": {"options": {"initial": "identity"}},
     "norm_constraint=0.01": {"norm_constraint": 0.01},
     "a tenth of the rate": {"rate": 0.01},
@@ -198,8 +200,9 @@ def table(
                 control = settings.get("control")
                 if control == "zeroed" and schedule[1] == 1:
                     continue  # no id of a step is unknown
-                if control == "true frequencies" and approx == "ekfac":
-                    continue  # which measures a row for each id
+                splits = {"pi_type", "damping_split"} & set(settings.get("options", {}))
+                if approx == "ekfac" and (control == "true frequencies" or splits):
+                    continue  # which measures a row for each id, and is damped exactly
                 found = [
                     train(approx, damping, schedule, steps, seed, **settings) for seed in seeds
                 ]
