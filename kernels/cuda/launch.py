@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
+import threading
 from typing import Any
 
 from numba import cuda
@@ -17,21 +18,34 @@ def num_blocks(size: int, threads: int) -> int:
     return max(1, min(-(-size // threads), _MAX_BLOCKS))
 
 
+_configuring = threading.Lock()
+
+
 def configured(kernel: Any, grid: Any, threads: Any, stream: Any) -> Any:
     """``kernel[grid, threads, stream]``, ready to be called with the arguments.
 
-    Without Numba's advice that few blocks do not fill a device: there is not always more to do.
+    Numba keeps what it has configured, by the stream's object too. Its advice that few blocks do not
+    fill a device is left out, by its own setting: there is not always more to do.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Grid size")
-        return kernel[grid, threads, stream]
+    with _configuring:
+        advises = cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS
+        cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+        try:
+            return kernel[grid, threads, stream]
+        finally:
+            cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS = advises
 
 
 def current_stream() -> Any:
     """CuPy's current stream as one of Numba's: work queued by either runs in the order of calls."""
     import cupy
 
-    pointer = cupy.cuda.get_current_stream().ptr
+    return _stream_at(cupy.cuda.get_current_stream().ptr)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream_at(pointer: int) -> Any:
+    """One object for each stream, whatever its device: it holds no more than the pointer."""
     return cuda.external_stream(pointer) if pointer else cuda.default_stream()
 
 

@@ -272,8 +272,11 @@ def _kernel_backend(x: Array) -> tuple[str | None, str]:
 @functools.cache
 def why_no_cuda() -> str:
     """Why Numba cannot launch CUDA kernels here; empty if it can."""
-    from numba import config, cuda
+    try:
+        from numba import config, cuda
 
-    if getattr(config, "ENABLE_CUDASIM", 0):  # the simulator claims to be available
-        return "Numba runs its CUDA simulator"
-    return "" if cuda.is_available() else "Numba finds no CUDA device or toolkit"
+        if getattr(config, "ENABLE_CUDASIM", 0):  # the simulator claims to be available
+            return "Numba runs its CUDA simulator"
+        return "" if cuda.is_available() else "Numba finds no CUDA device or toolkit"
+    except Exception as error:  # releases that do not go together fail in many ways
+        return f"Numba's CUDA target fails ({type(error).__name__}: {error})"
