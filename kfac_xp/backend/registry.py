@@ -277,6 +277,10 @@ def why_no_cuda() -> str:
 
         if getattr(config, "ENABLE_CUDASIM", 0):  # the simulator claims to be available
             return "Numba runs its CUDA simulator"
-        return "" if cuda.is_available() else "Numba finds no CUDA device or toolkit"
+        if not cuda.is_available():
+            return "Numba finds no CUDA device or toolkit"
+        # What kernels are compiled with is imported late; numba-cuda 0.30 and NumPy 2.5 fail here.
+        importlib.import_module("numba.cuda.cudaimpl")
+        return ""
     except Exception as error:  # releases that do not go together fail in many ways
         return f"Numba's CUDA target fails ({type(error).__name__}: {error})"
