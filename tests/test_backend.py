@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,6 +327,38 @@ class TestKeptLike:
         for name in ("CPU_DEVICE", "device1", "CPU_DEVICE"):
             device = strict.Device(name)
             assert tables(strict.ones((2,), device=device))[0].device == device
+
+    def test_each_stream_has_its_own(self, monkeypatch):
+        """A copy that one stream has queued need not be done where another reads it."""
+        strict = pytest.importorskip("array_api_strict", reason="it is not installed")
+
+        @kept_like
+        def tables():
+            return (np.arange(3),)
+
+        found = []
+        for stream in (1, 2, 1):
+            monkeypatch.setattr(backend.arrays, "_stream_of", lambda x, stream=stream: stream)
+            found.append(tables(strict.ones(2))[0])
+        assert found[0] is found[2]
+        assert found[0] is not found[1]
+
+    def test_a_stream_is_that_of_the_device(self, monkeypatch):
+        cupy = SimpleNamespace(cuda=SimpleNamespace(current=0))
+        cupy.cuda.get_current_stream = lambda: SimpleNamespace(ptr=cupy.cuda.current)
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+        class Device:
+            def __enter__(self):
+                cupy.cuda.current = 4096
+
+            def __exit__(self, *_):
+                cupy.cuda.current = 0
+
+        far = SimpleNamespace(device=Device())
+        monkeypatch.setattr(backend.arrays.array_api_compat, "is_cupy_array", lambda x: x is far)
+        assert backend.arrays._stream_of(far) == 4096
+        assert cupy.cuda.current == backend.arrays._stream_of(np.ones(2)) == 0
 
     def test_a_trace_in_jax_leaves_nothing_behind(self):
         jax = pytest.importorskip("jax", reason="JAX is not installed")

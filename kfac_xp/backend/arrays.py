@@ -194,6 +194,7 @@ def as_statistics(x: Array, dtype: Any = None) -> Array:
 def kept_like(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tuple[Array, ...]]:
     """Decorate a function that makes tables: they are made once, and moved once to each device.
 
+    (Of CuPy's to each stream: another one does not wait for a copy that this one has queued.)
     `make` takes hashable arguments. The decorated function takes an array before these, in whose
     library and on whose device the tables are returned. They must not be written.
     """
@@ -201,7 +202,7 @@ def kept_like(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tupl
     devices: dict[tuple[Namespace, str], Any] = {}
 
     @functools.lru_cache(maxsize=256)
-    def moved(xp: Namespace, name: str, *arguments: Hashable) -> tuple[Array, ...]:
+    def moved(xp: Namespace, name: str, stream: int, *arguments: Hashable) -> tuple[Array, ...]:
         return tuple(xp.asarray(table, device=devices[xp, name]) for table in on_host(*arguments))
 
     @functools.wraps(make)
@@ -212,6 +213,14 @@ def kept_like(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tupl
         if is_tracer(like):  # what is made during a trace may belong to it
             return tuple(xp.asarray(table) for table in on_host(*arguments))
         devices[xp, str(device)] = device
-        return moved(xp, str(device), *arguments)
+        return moved(xp, str(device), _stream_of(like), *arguments)
 
     return kept
+
+
+def _stream_of(x: Array) -> int:
+    """CuPy's current stream on the device of `x`; 0 in libraries that order their work themselves."""
+    if not array_api_compat.is_cupy_array(x):
+        return 0
+    with x.device:
+        return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
