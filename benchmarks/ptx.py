@@ -9,6 +9,7 @@ multiprocessor; without a toolkit the reason is printed, and it is 0.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -121,14 +122,18 @@ def ptx(kernel: Kernel, architecture: tuple[int, int]) -> str:
     Raises
     ------
     MissingToolchainError
-        If Numba has no compiler for it, or simulates CUDA.
+        If Numba has no compiler for it, or simulates CUDA, or its CUDA target cannot be imported.
     """
-    from numba import cuda
-
     if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
         raise MissingToolchainError(
             "this process runs Numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1)"
         )
+    try:
+        from numba import cuda
+
+        importlib.import_module("numba.cuda.cudaimpl")  # else imported when the first is compiled
+    except Exception as error:  # numba-cuda 0.30 under NumPy 2.5: an AttributeError
+        raise MissingToolchainError(f"Numba's CUDA target fails: {error}") from error
     try:
         text, _ = cuda.compile_ptx(kernel.function.py_func, kernel.arguments, cc=architecture)
     except Exception as error:

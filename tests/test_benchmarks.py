@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import kfac_xp
 from benchmarks import report, run, timing, worker
 from benchmarks.case import OURS, Case, Implementation, MemoryTarget, Program, Target
 from benchmarks.cases import all_cases, matching
 from benchmarks.cases.covariance import REPORTED_BELOW, Problem
 from benchmarks.cases.inverses import resnet50_layers
 from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import kernels, networks
+from benchmarks.gpu import graphs, kernels, networks
 from benchmarks.gpu.device import CupyDevice, Device, TorchDevice, high_water
 from benchmarks.gpu.worker import start_on
 from benchmarks.peers import PEERS
@@ -350,7 +351,18 @@ def test_the_whole_run_of_a_gpu_on_torch(tmp_path, monkeypatch, capsys):
     assert set(cases) == {case.name for case in gpu_cases.all_cases(TorchDevice())}
     for case in cases.values():
         for name, m in case["implementations"].items():
-            assert bool(m["skipped"]) == (name == kernels.KERNEL), m["skipped"]
+            is_left_out = name in (kernels.KERNEL, *graphs.GRAPHS)
+            assert bool(m["skipped"]) == is_left_out, m["skipped"]
+
+
+def test_a_calibration_that_fails_is_told(monkeypatch):
+    """And ends nothing: a kernel that does not compile is no reason to measure nothing."""
+
+    def calibrate(keep):
+        raise RuntimeError("no NVVM")
+
+    monkeypatch.setattr(kfac_xp, "calibrate", calibrate)
+    assert run.calibrated() == "failed: RuntimeError: no NVVM"
 
 
 def test_without_a_gpu_the_run_says_so(monkeypatch):

@@ -7,10 +7,18 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from benchmarks.case import Case
-from benchmarks.gpu import conv_diagonal, covariance, floors, inverses, kernels, statistics
+from benchmarks.gpu import (
+    conv_diagonal,
+    covariance,
+    floors,
+    graphs,
+    inverses,
+    kernels,
+    statistics,
+)
 from benchmarks.gpu.device import Device
 
-GROUPS = (floors, covariance, conv_diagonal, kernels, inverses, statistics)
+GROUPS = (floors, covariance, conv_diagonal, kernels, inverses, statistics, graphs)
 
 
 def all_cases(device: Device) -> Iterator[Case]:

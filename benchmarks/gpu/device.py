@@ -6,6 +6,7 @@ knowing: sizes are tiny there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -96,6 +97,18 @@ class Device:
         self.wait()
         return (time.perf_counter() - start) / calls
 
+    def captured(self, call: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+        """A function that replays what `call` queued in one run, into the arrays that it returned.
+
+        They are NaN until then.
+
+        Raises
+        ------
+        NotImplementedError
+            If the arrays' library has no graphs.
+        """
+        raise NotImplementedError(f"{self.name} has no graphs here")
+
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """By how much allocated memory grows in a call, at most; None if that cannot be told.
 
@@ -178,6 +191,28 @@ class CupyDevice(Device):
     def wait(self) -> None:
         self._cupy.cuda.Device().synchronize()  # waits for PyTorch's streams, too
 
+    def captured(self, call: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+        """By a CUDA graph, on a stream of its own.
+
+        What it allocates comes from a pool of its own: replays write there again, and nobody else
+        may. The pool, and an array of it, have to live as long as the graph.
+        """
+        stream, pool = self._cupy.cuda.Stream(non_blocking=True), self._cupy.cuda.MemoryPool()
+        self.wait()  # for what the stream will read
+        with stream:
+            call()  # whatever is compiled, or made once, is there before
+            stream.synchronize()
+            with self._cupy.cuda.using_allocator(pool.malloc):
+                graph, results = _recorded(stream, call)
+        for x in results:
+            x[...] = float("nan")
+
+        def replay(pool: Any = pool) -> list[Any]:
+            graph.launch()
+            return results
+
+        return replay
+
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """Of CuPy's pool, and of PyTorch's allocator: an implementation uses one of them."""
         gc.collect()
@@ -194,6 +229,18 @@ class CupyDevice(Device):
             peak += torch.cuda.max_memory_allocated() - allocated
         del result
         return peak
+
+
+def _recorded(stream: Any, call: Callable[[], list[Any]]) -> tuple[Any, list[Any]]:
+    """CuPy's graph of a call on its stream, and what the call returned."""
+    stream.begin_capture()
+    try:
+        results = call()
+    except BaseException:
+        with contextlib.suppress(Exception):  # there may be no graph to be had any more
+            stream.end_capture()
+        raise
+    return stream.end_capture(), results
 
 
 def high_water(cupy: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from benchmarks.peers.torch_ops import start
 PLAIN = "PyTorch forward and backward"
 CHANNELS_LAST = "PyTorch forward and backward, channels last"
 BATCH = 32
+
+Layers = Sequence[Conv | Dense]
 
 
 def cases(device: Device) -> Iterator[Case]:
@@ -50,26 +52,36 @@ def cases(device: Device) -> Iterator[Case]:
     )
 
 
-def ours(device: Device, layers: list[Conv | Dense] | list[Dense], n: int) -> Program:
+def ours(device: Device, layers: Layers, n: int) -> Program:
     """The estimator's update from random inputs and gradients of every layer, `n` cases."""
+    collection, statistics = registered(device, layers, n)
+    estimator = kfac_xp.FisherEstimator(collection, damping=1e-2)
+    return Program(partial(estimator.update_cov, statistics, ema_decay=0.95))
+
+
+def registered(
+    device: Device, layers: Layers, n: int, convert: Callable[[Any], Any] = lambda x: x
+) -> tuple[kfac_xp.LayerCollection, dict[str, tuple[Any, Any]]]:
+    """The layers, and inputs and gradients of each: random arrays, as `convert` makes them."""
     collection, statistics = kfac_xp.LayerCollection(), {}
     for layer in layers:
         if isinstance(layer, Conv):
-            kernel = device.fresh(layer.k, layer.k, layer.c_in, layer.c_out)
+            kernel = convert(device.fresh(layer.k, layer.k, layer.c_in, layer.c_out))
             pads = ((layer.k // 2,) * 2,) * 2
             collection.register_conv2d(layer.name, kernel, (layer.stride,) * 2, pads)
             shapes = [(n, h, h) for h in (layer.h, layer.h_out)]
             channels = (layer.c_in, layer.c_out)
         else:
-            params = (device.fresh(layer.d_in, layer.d_out), device.fresh(layer.d_out))
+            sizes = (layer.d_in, layer.d_out), (layer.d_out,)
+            params = tuple(convert(device.fresh(*size)) for size in sizes)
             collection.register_fully_connected(layer.name, params)
             shapes, channels = [(n,), (n,)], (layer.d_in, layer.d_out)
-        statistics[layer.name] = tuple(
-            device.draw(*shape, c, seed=i)
+        inputs, grads = (
+            convert(device.draw(*shape, c, seed=i))
             for i, (shape, c) in enumerate(zip(shapes, channels, strict=True))
         )
-    estimator = kfac_xp.FisherEstimator(collection, damping=1e-2)
-    return Program(partial(estimator.update_cov, statistics, ema_decay=0.95))
+        statistics[layer.name] = inputs, grads
+    return collection, statistics
 
 
 def image_pass(device: Device, network: ResNet, n: int, is_channels_last: bool) -> Program:

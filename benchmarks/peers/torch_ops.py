@@ -36,6 +36,29 @@ def on_host(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
+def captured(call: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+    """As `benchmarks.gpu.device.Device.captured`, of calls on PyTorch's CUDA tensors."""
+    torch = start()
+    if not torch.cuda.is_available():
+        raise NotImplementedError("torch has no graphs here")
+    current, own = torch.cuda.current_stream(), torch.cuda.Stream()
+    own.wait_stream(current)
+    with torch.cuda.stream(own):
+        call()  # whatever is made once is there before
+    current.wait_stream(own)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for x in results:
+        x.fill_(float("nan"))
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return results
+
+    return replay
+
+
 def channels_first(images: Any) -> Any:
     """A contiguous tensor [N, C, H, W] of images [N, H, W, C], NumPy's or PyTorch's."""
     return as_tensor(images).movedim(-1, 1).contiguous()

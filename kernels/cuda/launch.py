@@ -24,8 +24,8 @@ _configuring = threading.Lock()
 def configured(kernel: Any, grid: Any, threads: Any, stream: Any) -> Any:
     """``kernel[grid, threads, stream]``, ready to be called with the arguments.
 
-    Numba keeps what it has configured, by the stream's object too. Its advice that few blocks do not
-    fill a device is left out, by its own setting: there is not always more to do.
+    Numba keeps what it has configured, by the stream's object too. Its advice that few blocks do
+    not fill a device is left out, by its own setting: there is not always more to do.
     """
     with _configuring:
         advises = cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS

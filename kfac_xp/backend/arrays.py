@@ -219,7 +219,7 @@ def kept_like(make: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., tupl
 
 
 def _stream_of(x: Array) -> int:
-    """CuPy's current stream on the device of `x`; 0 in libraries that order their work themselves."""
+    """CuPy's current stream on the device of `x`; 0 for a library that orders its work itself."""
     if not array_api_compat.is_cupy_array(x):
         return 0
     with x.device:
