@@ -142,7 +142,7 @@ def add_rows(rows: Array, indices: Array, num_rows: int) -> Array:
         np.add.at(total, indices, rows)
         return total
     if array_api_compat.is_cupy_array(rows):
-        importlib.import_module("cupyx").scatter_add(total, indices, rows)
+        importlib.import_module("cupy").add.at(total, indices, rows)
         return total
     bins = xp.arange(num_rows, dtype=indices.dtype, device=device_of(rows))
     return xp.matmul(xp.astype(bins[:, None] == indices[None, :], rows.dtype), rows)
