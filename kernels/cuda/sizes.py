@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Sizes(NamedTuple):
     step_case: Any
 
 
+@functools.lru_cache(maxsize=256)
 def sizes_of(
     axes: ThreeAxes, num_cases: int, channels: int, c_out: int = 1, groups: int = 1
 ) -> Sizes:
