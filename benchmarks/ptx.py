@@ -9,7 +9,6 @@ multiprocessor; without a toolkit the reason is printed, and it is 0.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 import shutil
@@ -128,11 +127,11 @@ def ptx(kernel: Kernel, architecture: tuple[int, int]) -> str:
         raise MissingToolchainError(
             "this process runs Numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1)"
         )
-    try:
-        from numba import cuda
+    from kfac_xp.kernels.cuda.target import load_target
 
-        importlib.import_module("numba.cuda.cudaimpl")  # else imported when the first is compiled
-    except Exception as error:  # numba-cuda 0.30 under NumPy 2.5: an AttributeError
+    try:
+        cuda = load_target()
+    except Exception as error:  # releases that do not go together fail in many ways
         raise MissingToolchainError(f"Numba's CUDA target fails: {error}") from error
     try:
         text, _ = cuda.compile_ptx(kernel.function.py_func, kernel.arguments, cc=architecture)

@@ -23,6 +23,7 @@ from kfac_xp import (
 )
 from kfac_xp.averages import averaged
 from kfac_xp.backend import Condition, KernelOp, kept_like, registry
+from kfac_xp.kernels.cuda import target
 from kfac_xp.patch_covariance import correlation_blocks
 from tests.cases import to_numpy
 
@@ -254,7 +255,7 @@ class TestRegistrations:
 
     @pytest.mark.parametrize("module", ["numba.cuda", "numba.cuda.cudaimpl"])
     def test_a_target_that_fails_is_a_reason(self, module, monkeypatch):
-        """As numba-cuda 0.30 does under NumPy 2.5, and what cannot load a library."""
+        """As where a library cannot be loaded, or releases do not go together."""
         numba = pytest.importorskip("numba")
         cuda = importlib.import_module("numba.cuda")
         monkeypatch.setattr(numba.config, "ENABLE_CUDASIM", 0)
@@ -268,6 +269,23 @@ class TestRegistrations:
         finally:
             registry.why_no_cuda.cache_clear()
         assert re.match(r"Numba's CUDA target fails \((Import|ModuleNotFound)Error: ", reason)
+
+    def test_a_name_that_numpy_dropped_is_lent(self, monkeypatch):
+        """To what is imported, and to nobody else."""
+        monkeypatch.delattr(np, "row_stack", raising=False)  # NumPy 2.5 has none
+        seen = []
+
+        def imported(name):
+            seen.append((name, getattr(np, "row_stack", None)))
+            if name == "numba.cuda.cudaimpl":
+                raise ImportError("broken")
+            return name
+
+        monkeypatch.setattr(target.importlib, "import_module", imported)
+        with pytest.raises(ImportError, match="broken"):
+            target.load_target()
+        assert seen == [("numba.cuda", None), ("numba.cuda.cudaimpl", np.vstack)]
+        assert not hasattr(np, "row_stack")
 
     @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
     def test_cuda_is_never_picked_unmeasured(self, op, monkeypatch):

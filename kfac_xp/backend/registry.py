@@ -273,14 +273,11 @@ def _kernel_backend(x: Array) -> tuple[str | None, str]:
 def why_no_cuda() -> str:
     """Why Numba cannot launch CUDA kernels here; empty if it can."""
     try:
-        from numba import config, cuda
-
+        config = importlib.import_module("numba").config
         if getattr(config, "ENABLE_CUDASIM", 0):  # the simulator claims to be available
             return "Numba runs its CUDA simulator"
-        if not cuda.is_available():
+        if not importlib.import_module("kfac_xp.kernels.cuda.target").load_target().is_available():
             return "Numba finds no CUDA device or toolkit"
-        # What kernels are compiled with is imported late; numba-cuda 0.30 and NumPy 2.5 fail here.
-        importlib.import_module("numba.cuda.cudaimpl")
         return ""
     except Exception as error:  # releases that do not go together fail in many ways
         return f"Numba's CUDA target fails ({type(error).__name__}: {error})"
