@@ -7,6 +7,13 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Workers of xdist share the cores: threads of BLAS, which wait in a loop, would take them from each
+# other. Set before any library reads it, and for the processes that tests start, too.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(_variable, str(max(1, _threads)))
+
 import numpy as np
 import pytest
 
