@@ -1,10 +1,14 @@
-"""Runs the examples as scripts, and imports them as modules."""
+"""Runs the examples as scripts, in this process or another, and imports them as modules."""
 
+import contextlib
 import importlib.util
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -19,8 +23,28 @@ def imported(name):
     del sys.modules[name]
 
 
+def run_here(folder, *arguments, script):
+    """What an example prints, as a script in this process: libraries are imported already."""
+    from threadpoolctl import threadpool_limits
+
+    before, printed = set(sys.modules), io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        mock.patch.object(sys, "argv", [script, *arguments]),
+        mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]),  # it finds its neighbours
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),  # bars
+        threadpool_limits(limits=1),  # as examples ask for, and here not for ever
+    ):
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == EXAMPLES:
+            del sys.modules[name]
+    return printed.getvalue()
+
+
 def run_example(folder, *arguments, script="digits_convnet.py", launcher=()):
-    # A child process: the example is a script, and finds its neighbour as one.
+    """What an example prints, as a script in a process of its own."""
     return subprocess.run(
         [*launcher, sys.executable, str(EXAMPLES / script), *arguments],
         cwd=folder,
@@ -30,7 +54,7 @@ def run_example(folder, *arguments, script="digits_convnet.py", launcher=()):
         text=True,
         check=True,
         timeout=170,
-    )
+    ).stdout
 
 
 def moved(params, tangent, step):

@@ -7,7 +7,7 @@ import pytest
 
 import kfac_xp
 from tests.cases import assert_close, to_numpy
-from tests.example_scripts import imported, moved, run_example
+from tests.example_scripts import imported, moved, run_here
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def test_the_fit_of_the_dense_net_is_a_minimum(dense_net):
 
 def test_laplace(tmp_path):
     """Kronecker factors give the numbers of dense algebra; evidence finds a good precision."""
-    done = run_example(tmp_path, "--small", script="laplace.py")
+    printed = run_here(tmp_path, "--small", script="laplace.py")
     assert (tmp_path / "laplace.png").stat().st_size > 10_000
-    errors = re.search(r"log-determinant to (\S+), variances of the logits to (\S+)", done.stdout)
+    errors = re.search(r"log-determinant to (\S+), variances of the logits to (\S+)", printed)
     assert max(map(float, errors.groups())) < 1e-10
     found = re.search(
         r"likelihood, kron: .* NLL ([\d.]+) at .* ([\d.]+) with .* ([\d.]+) and ([\d.]+)\.",
-        done.stdout,
+        printed,
     )
     mode, laplace, least_mode, least_laplace = map(float, found.groups())
     assert mode < 1.1 * least_mode
@@ -80,9 +80,9 @@ def test_laplace(tmp_path):
 
 def test_influence(tmp_path):
     """The exact Hessian predicts retraining; Kronecker factors do better than a diagonal."""
-    done = run_example(tmp_path, "--small", script="influence.py")
+    printed = run_here(tmp_path, "--small", script="influence.py")
     assert (tmp_path / "influence.png").stat().st_size > 10_000
-    rows = re.findall(r"^(\D+?) +(-?[\d.]+) +-?[\d.]+ +[\d.e-]+$", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^(\D+?) +(-?[\d.]+) +-?[\d.]+ +[\d.e-]+$", printed, re.MULTILINE)
     found = {name: float(correlation) for name, correlation in rows}
     assert found["exact Hessian"] > 0.75
     assert found["exact Hessian"] > found["exact Fisher"] > found["K-FAC"]
@@ -91,10 +91,10 @@ def test_influence(tmp_path):
 
 def test_pruning(tmp_path):
     """The step is the minimum of its model, and keeps accuracy that pruning alone loses."""
-    done = run_example(tmp_path, "--small", script="pruning.py")
+    printed = run_here(tmp_path, "--small", script="pruning.py")
     assert (tmp_path / "pruning.png").stat().st_size > 10_000
-    assert float(re.search(r"after the step: (\S+) ", done.stdout)[1]) < 1e-12
-    last = re.search(r"^0\.85 +(.*)$", done.stdout, re.MULTILINE)[1]
+    assert float(re.search(r"after the step: (\S+) ", printed)[1]) < 1e-12
+    last = re.search(r"^0\.85 +(.*)$", printed, re.MULTILINE)[1]
     magnitude, magnitude_step, surgeon, surgeon_step = map(float, last.split())
     assert magnitude_step > magnitude + 5
     assert surgeon_step > surgeon + 5
@@ -102,11 +102,9 @@ def test_pruning(tmp_path):
 
 def test_continual(tmp_path):
     """Without a memory the first task is forgotten; with any of them it is not."""
-    done = run_example(tmp_path, "--small", script="continual.py")
+    printed = run_here(tmp_path, "--small", script="continual.py")
     assert (tmp_path / "continual.png").stat().st_size > 10_000
-    rows = re.findall(
-        r"^(\D+?) +[\d.e+]+ +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE
-    )
+    rows = re.findall(r"^(\D+?) +[\d.e+]+ +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
     found = {name: [float(x) for x in numbers] for name, *numbers in rows}
     assert len(found) == 4
     none, *others = found.values()
@@ -173,8 +171,8 @@ def test_the_transformer_does_not_look_ahead(char_transformer, rng):
 
 
 def test_transformer(tmp_path):
-    done = run_example(tmp_path, "--small", script="transformer.py")
+    printed = run_here(tmp_path, "--small", script="transformer.py")
     assert (tmp_path / "transformer.png").stat().st_size > 10_000
-    losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+) after 25", done.stdout)]
+    losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+) after 25", printed)]
     assert len(losses) == 3
     assert max(losses) < 3.6  # from above 4.5
