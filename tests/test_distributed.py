@@ -61,7 +61,8 @@ def test_scenarios_cover_all_pairs():
 
 @pytest.mark.parametrize("scenario", training.scenarios()[::5], ids=str)
 def test_ranks_train_as_one_process(scenario):
-    found = results_of(2, lambda c: training.difference(scenario, c, steps=8))
+    alone = training.trained_alone(scenario, steps=8)
+    found = results_of(2, lambda c: training.difference(scenario, c, alone, steps=8))
     assert max(found) <= 1e-10
 
 
@@ -100,7 +101,8 @@ def test_every_layer_and_approximation(form, approx):
 @pytest.mark.more
 def test_every_library(xp):
     scenario = training.Scenario("gradients", "regular", "mem", "kron")
-    found = results_of(2, lambda c: training.difference(scenario, c, xp, steps=4))
+    alone = training.trained_alone(scenario, steps=4)
+    found = results_of(2, lambda c: training.difference(scenario, c, alone, xp, steps=4))
     assert max(found) <= 1e-10
 
 
@@ -598,20 +600,20 @@ print("went on to the end")
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("size", "what", "message"),
     [
-        ("raise OSError('no more data')", "OSError: no more data"),
-        ("training.TanhNet.vjp = None", "TypeError: 'NoneType' object is not callable"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", ""),
-        (None, "must be the same on all ranks"),
+        (3, "raise OSError('no more data')", "OSError: no more data"),
+        (2, "training.TanhNet.vjp = None", "TypeError: 'NoneType' object is not callable"),
+        (3, "os.kill(os.getpid(), signal.SIGKILL)", ""),
+        (2, None, "must be the same on all ranks"),
     ],
     ids=["raises outside", "raises in a step", "killed", "other shapes"],
 )
-def test_processes_end_with_one_that_fails(what, message):
+def test_processes_end_with_one_that_fails(size, what, message):
     wider = "{'one': (np.ones((3, 5)), np.ones(5)), 'two': (np.ones((5, 3)), np.ones(3))}"
     first = "" if what else f"if communicator.rank: params = {wider}"
     program = FAULT.format(what=what or "pass", first=first)
-    done, seconds = mpi_run(3, "-c", program, seconds=60)
+    done, seconds = mpi_run(size, "-c", program, seconds=60)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
     assert "went on" not in done.stdout

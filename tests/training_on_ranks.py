@@ -1,7 +1,8 @@
 """Twenty steps on several ranks, to be compared with the same steps of one process.
 
 As a program it is one rank: ``mpiexec -n 3 python -m tests.training_on_ranks``. Every rank trains
-on its cases of each batch by all scenarios, and rank 0 also on all cases alone, and compares.
+on its cases of each batch by all scenarios, and compares with the training of one process on all
+cases, which some rank has done for each scenario.
 """
 
 import sys
@@ -154,22 +155,34 @@ def flat(params):
     return np.concatenate([np.asarray(a).ravel() for pair in params.values() for a in pair])
 
 
-def difference(scenario, communicator, xp=np, steps=STEPS):
-    """Largest difference from the training of one process, relative to the largest number."""
+def numbers(params, losses, damping):
+    return np.concatenate([flat(params), losses, [damping]])
+
+
+def trained_alone(scenario, steps=STEPS):
+    """The numbers of one process with all cases."""
+    params, losses, damping, _ = trained(scenario, steps=steps)
+    assert np.abs(flat(params) - flat(start())).max() > 1e-2  # it went somewhere
+    return numbers(params, losses, damping)
+
+
+def difference(scenario, communicator, alone, xp=np, steps=STEPS):
+    """Largest difference from the numbers of one process, relative to the largest of them."""
     params, losses, damping, _ = trained(scenario, communicator, xp, steps)
-    alone, its_losses, its_damping, _ = trained(scenario, None, np, steps)
-    here = np.concatenate([flat(params), losses, [damping]])
-    there = np.concatenate([flat(alone), its_losses, [its_damping]])
-    assert np.abs(flat(alone) - flat(start())).max() > 1e-2  # it went somewhere
-    return np.abs(here - there).max() / np.abs(there).max()
+    return np.abs(numbers(params, losses, damping) - alone).max() / np.abs(alone).max()
 
 
 def main():
     communicator = kfac_xp.MpiCommunicator()
-    assert communicator.broadcast(np.full(2, float(communicator.rank)), root=1).tolist() == [1, 1]
+    rank, size = communicator.rank, communicator.size
+    assert communicator.broadcast(np.full(2, float(rank)), root=1).tolist() == [1, 1]
+    scenarios = scenarios_of(size)
+    # Each rank trains alone by some of them, for all.
+    alone = communicator.gather_objects([trained_alone(s) for s in scenarios[rank::size]])
     worst = {}
-    for scenario in scenarios_of(communicator.size):
-        worst[scenario] = max(communicator.gather_objects(difference(scenario, communicator)))
+    for i, scenario in enumerate(scenarios):
+        found = difference(scenario, communicator, alone[i % size][i // size])
+        worst[scenario] = max(communicator.gather_objects(found))
     if communicator.rank == 0:
         for scenario, found in worst.items():
             print(f"{found:.1e}  {scenario}")
