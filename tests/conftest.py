@@ -107,6 +107,14 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_stays_is_set_aside():
+    """What a file's tests leave (programs that were compiled) is not looked through in others."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def compile_faster_in_xla():
     """Take XLA's older emitters, which compile small programs in half the time.
 

@@ -51,6 +51,7 @@ def setting(convnet, xp, rng, n=2):
     return model, params, images, tangent
 
 
+@pytest.mark.more
 def test_the_tangent_is_the_slope_of_the_outputs(convnet, xp, rng):
     model, params, images, tangent = setting(convnet, xp, rng)
 
@@ -65,6 +66,7 @@ def test_the_tangent_is_the_slope_of_the_outputs(convnet, xp, rng):
     assert_close(model.linearize(params, images).jvp(tangent), slope, 1e-7)
 
 
+@pytest.mark.more
 def test_vjp_is_the_transpose_of_jvp(convnet, xp, rng):
     model, params, images, tangent = setting(convnet, xp, rng)
     net = model.linearize(params, images)
@@ -258,6 +260,7 @@ def tiny_autoencoder(autoencoder, xp, rng):
     return model, params, xp.asarray(rng.random((4, 12))), tangent
 
 
+@pytest.mark.more
 def test_the_tangent_of_the_autoencoder_is_the_slope_of_its_outputs(autoencoder, xp, rng):
     model, params, images, tangent = tiny_autoencoder(autoencoder, xp, rng)
     ahead, behind = (
@@ -269,6 +272,7 @@ def test_the_tangent_of_the_autoencoder_is_the_slope_of_its_outputs(autoencoder,
     assert_close(net.jvp(tangent), to_numpy(net.jvp(tangent)), 0.0)  # nothing was written into
 
 
+@pytest.mark.more
 def test_the_gradient_of_the_autoencoder_is_the_slope_of_its_loss(autoencoder, xp, rng):
     model, params, images, tangent = tiny_autoencoder(autoencoder, xp, rng)
 

@@ -68,7 +68,7 @@ SOME_GEOMETRIES = [
     pytest.param("1d-asymmetric-dilated", marks=pytest.mark.more),
     pytest.param("2d", marks=pytest.mark.more),
     pytest.param("2d-valid", marks=pytest.mark.more),
-    "2d-asymmetric",
+    pytest.param("2d-asymmetric", marks=pytest.mark.more),
     pytest.param("2d-one-pixel", marks=pytest.mark.more),
     pytest.param("2d-one-location", marks=pytest.mark.more),
     pytest.param("2d-taps-in-padding", marks=pytest.mark.more),
@@ -214,7 +214,7 @@ class TestEveryLibrary:
         ("case", "c_out"),
         [
             pytest.param("1d", 8, marks=pytest.mark.more),
-            ("1d-valid-strided", 2),
+            pytest.param("1d-valid-strided", 2, marks=pytest.mark.more),
             pytest.param("2d", 4, marks=pytest.mark.more),
             ("2d-one-tap", 4),
         ],

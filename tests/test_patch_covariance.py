@@ -176,6 +176,7 @@ def test_the_normalizer_divides_the_sum(rng):
         assert_close(got, want * count / 2, "float64")
 
 
+@pytest.mark.more
 def test_no_cases_and_no_pixels_give_zeros(xp):
     geometry = ConvGeometry.create((3,), padding=((9, 9),))
     for shape in [(0, 4, 2), (2, 0, 2)]:
