@@ -14,6 +14,9 @@ from kfac_xp.kernels.cpu.threads import run_in_parts
 _TILE = 64
 # Multiply-adds that take as long as moving an element.
 _WORK = 16
+# Parts of filters with one, two and three axes, at most. Kernels take as many, and so compile for
+# few lengths of their tuple.
+_NUM_PARTS = (1, 3, 9, 27)
 
 
 def correlation_blocks(
@@ -25,6 +28,9 @@ def correlation_blocks(
         part.reshape(len(part), part.shape[1] * channels, -1) for part in (halves, *borders)
     )
     size = sum(part.size for part in parts)
+    none = np.empty((0, 0, 0), dtype=halves.dtype)
+    num_parts = next((n for n in _NUM_PARTS if n >= len(parts)), len(parts))
+    parts += (none,) * (num_parts - len(parts))
     run_in_parts(lambda first, end: _add_mirrored(parts, first, end), count=size, work=size * _WORK)
     num_rows = layout.blocks.shape[1] * channels
     side = num_rows + (last is not None)
@@ -94,7 +100,7 @@ def _gather(parts, pairs, blocks, channels, out, first, last):
     num_taps = blocks.shape[1]
     for row in range(np.uintp(first), np.uintp(last)):
         t, c = row // np.uintp(channels), row % np.uintp(channels)
-        for part in range(len(parts)):
+        for part in range(len(blocks)):
             if blocks[part, t] < 0:
                 continue
             correlations = parts[part]
