@@ -85,13 +85,13 @@ def kernels() -> Iterator[Kernel]:
             typed = (array(scalar, a) if isinstance(a, int) else a for a in arguments)
             yield Kernel(name, dtype, function, tuple(typed), "integers")
     for dtype, sums in (("float16", "float32"), ("float32", "float32"), ("float64", "float64")):
-        given, out = array(getattr(types, dtype), 1), array(getattr(types, sums), 3)
-        squares = [
-            (f"squared_outer {tile.rows}x{tile.columns}", squared_tiles.tiled(tile))
-            for tile in squared_tiles.TILES[sums]
-        ]
-        for name, function in (*squares, ("squared_outer by channel", squared_channels._fill)):
-            yield Kernel(name, dtype, function, (given, given, sizes, out), sums)
+        given, flat = array(getattr(types, dtype), 1), array(getattr(types, sums), 1)
+        tiled = given, given, sizes, types.uint32, types.uint32, flat
+        for tile in squared_tiles.TILES[sums]:
+            name = f"squared_outer {tile.rows}x{tile.columns}"
+            yield Kernel(name, dtype, squared_tiles.tiled(tile, sums), tiled, sums)
+        by_channel = given, given, sizes, array(getattr(types, sums), 3)
+        yield Kernel("squared_outer by channel", dtype, squared_channels._fill, by_channel, sums)
     for dtype in ("float32", "float64"):
         scalar = getattr(types, dtype)
         vector, cube = array(scalar, 1), array(scalar, 3)

@@ -14,13 +14,20 @@ anywhere else.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda
+from numba import cuda, from_dtype
 from numpy import int32, int64, uint32, uint64
 
 from kfac_xp.kernels.cuda.launch import configured, num_blocks
+
+VECTOR = 16
+"""Bytes that a thread reads of shared memory at a time: four float32, or two float64."""
+
+# Numba's own target aligns shared arrays by the size of an element, numba-cuda as it is told.
+ALIGNS = getattr(cuda, "implementation", "") == "NVIDIA"
 
 
 class Tile(NamedTuple):
@@ -29,20 +36,25 @@ class Tile(NamedTuple):
     Parameters
     ----------
     threads_d, threads_c
-        Threads along rows and columns.
+        Threads along rows and columns. The first is even.
     each_d, each_c
         Rows and columns of each thread, whose products take twice as many registers. `each_d` must
         divide `threads_c`, and `each_c` `threads_d`.
     chunk
-        Locations in shared memory at a time: not more than there are threads, and a multiple of
-        both quotients.
+        Locations in shared memory at a time, which divide the number of threads; a multiple of both
+        quotients.
     """
 
     threads_d: int = 16
-    threads_c: int = 16
-    each_d: int = 4
-    each_c: int = 4
+    threads_c: int = 8
+    each_d: int = 8
+    each_c: int = 8
     chunk: int = 16
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.threads_d * self.threads_c
 
     @property
     def rows(self) -> int:
@@ -57,7 +69,7 @@ class Tile(NamedTuple):
 
 # A thread's registers hold two of its share of a tile. These leave room for two blocks and more on
 # a multiprocessor: see `python -m benchmarks.ptx`.
-TALL, SQUARE, NARROW = Tile(each_d=8), Tile(), Tile(each_c=2)
+TALL, SQUARE, NARROW = Tile(), Tile(threads_d=8), Tile(threads_d=8, each_c=4)
 TILES = {"float32": (TALL, SQUARE, NARROW), "float64": (NARROW,)}
 """By the dtype of the sums."""
 
@@ -85,150 +97,239 @@ def launch(
     tile = tile or tile_for(shape, groups, out.dtype)
     tiles = num_tiles(shape, groups, out.dtype, tile=tile)
     grid = num_blocks(tiles, 1), num_blocks(parts, 1)
-    fill = configured(tiled(tile), grid, (tile.threads_c, tile.threads_d), stream)
-    fill(images, grads, sizes, out)
+    fill = configured(tiled(tile, np.dtype(out.dtype).name), grid, tile.threads, stream)
+    fill(images, grads, sizes, np.uint32(parts), np.uint32(shape[0]), out.reshape(-1))
+
+
+def _vectors(dtype: str, each: int) -> tuple[Any, int]:
+    """The type of so many elements in shared memory as a thread reads at a time, and how many."""
+    count = math.gcd(each, VECTOR // np.dtype(dtype).itemsize)
+    return from_dtype(np.dtype([("v", dtype, (count,))], align=True)), count
 
 
 @functools.cache
-def tiled(tile: Tile) -> Any:
-    """The kernel for one tile, ``fill(images, grads, sizes, out)``.
+def tiled(tile: Tile, dtype: str) -> Any:
+    """The kernel for one tile and dtype of `out`: ``fill(images, grads, sizes, parts, rows, out)``.
 
-    It writes every element of `out` [parts, D / groups (+ 1), C_out], with sums of its dtype. Each
-    part has some of the cases. The row beyond the entries of a patch is that of the bias, for which
-    every patch has a 1. `images` [N * space * C] and `grads` [N * T * C_out] are flat.
+    It writes every element of `out` [parts * rows * C_out], with sums of its dtype. Each part has
+    some of the cases; there are D / groups rows, or one more for a bias, for which every patch has
+    a 1. `images` [N * space * C] and `grads` [N * T * C_out] are flat, too.
+
+    A thread's rows and columns are vectors of neighbours, `threads_d` and `threads_c` vectors
+    apart, so that a warp reads neighbouring vectors. While a chunk is multiplied the next one is on
+    its way: there are two places for each in shared memory.
     """
     threads_d, threads_c, each_d, each_c, chunk = tile
-    threads, height, width = threads_d * threads_c, uint32(tile.rows), uint32(tile.columns)
-    rows_size, columns_size = chunk * tile.rows, chunk * tile.columns
-    rows_each, columns_each = rows_size // threads, columns_size // threads
-    rows_apart, columns_apart = threads // tile.rows, threads // tile.columns
-    loads = rows_each + columns_each
+    threads, height, width = tile.threads, uint32(tile.rows), uint32(tile.columns)
+    rows_type, in_row = _vectors(dtype, each_d)
+    columns_type, in_column = _vectors(dtype, each_c)
+    row_vectors, column_vectors = tile.rows // in_row, tile.columns // in_column
+    rows_size, columns_size = chunk * row_vectors, chunk * column_vectors
+    two_rows_sizes, two_columns_sizes = 2 * rows_size, 2 * columns_size
+    rows_each, columns_each = chunk * tile.rows // threads, chunk * tile.columns // threads
+    rows_apart, columns_apart = threads // tile.rows, uint32(threads // tile.columns)
+    taps_at_a_time = uint32(threads // chunk)
+    # A group has two channels at least.
+    max_taps = tile.rows // 2 + 1
+    pixel_rows = 2 * (max_taps + 1)
 
     # Numba computes with integers of 64 bits unless told otherwise, makes floats of a mixture of
     # both signs, and lets a signed index count from the end: hence the casts. A cast of what is
     # negative is large, so that one comparison sees both ends of an image.
     @cuda.jit
-    def fill(images, grads, sizes, out):
-        rows = cuda.shared.array(rows_size, out.dtype)
-        columns = cuda.shared.array(columns_size, out.dtype)
-        # Where the patch of each location of a chunk begins: along each axis, and in memory.
-        corner_0 = cuda.shared.array(chunk, int32)
-        corner_1 = cuda.shared.array(chunk, int32)
-        corner_2 = cuda.shared.array(chunk, int32)
-        corner = cuda.shared.array(chunk, int64)
+    def fill(images, grads, sizes, num_parts, num_rows, out):
+        if ALIGNS:
+            rows = cuda.shared.array(two_rows_sizes, rows_type, VECTOR)
+            columns = cuda.shared.array(two_columns_sizes, columns_type, VECTOR)
+        else:
+            rows = cuda.shared.array(two_rows_sizes, rows_type)
+            columns = cuda.shared.array(two_columns_sizes, columns_type)
+        # Of each tap of the tile's rows: where it lies from a patch's corner.
+        tap_0 = cuda.shared.array(max_taps, int32)
+        tap_1 = cuda.shared.array(max_taps, int32)
+        tap_2 = cuda.shared.array(max_taps, int32)
+        tap_at = cuda.shared.array(max_taps, int32)
+        # Of each tap and location of a chunk: where the pixel lies, -1 if there is none. There is
+        # none for the last tap, that of rows which are not of a patch.
+        pixels = cuda.shared.array((pixel_rows, chunk), int32)
         sums = cuda.local.array((each_d, each_c), out.dtype)
         totals = cuda.local.array((each_d, each_c), out.dtype)
         left = cuda.local.array(each_d, out.dtype)
-        loaded = cuda.local.array(loads, out.dtype)
+        right = cuda.local.array(each_c, out.dtype)
+        loaded_rows = cuda.local.array(rows_each, out.dtype)
+        loaded_columns = cuda.local.array(columns_each, out.dtype)
         zero = out.dtype.type(0)
-        x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
-        thread = uint32(y * threads_c + x)
-        num_locations = uint32(sizes.locations)
-        num_rows, c_out = uint32(out.shape[1]), uint32(out.shape[2])
-        tiles_d = uint32((num_rows + (height - 1)) // height)
-        tiles_c = uint32((sizes.group_out + (width - 1)) // width)
+        thread = uint32(cuda.threadIdx.x)
+        # Pairs of threads along a column, rows of them, and so on.
+        x = uint32(thread // uint32(2) % uint32(threads_c))
+        y = uint32(thread % uint32(2) + thread // uint32(2 * threads_c) * uint32(2))
+
+        def multiply(row, column):
+            for i in range(each_d):
+                left[i] = rows[row + uint64(i // in_row * threads_d)]["v"][i % in_row]
+            for j in range(each_c):
+                right[j] = columns[column + uint64(j // in_column * threads_c)]["v"][j % in_column]
+            for i in range(each_d):
+                for j in range(each_c):
+                    sums[i, j] += left[i] * right[j]
+
+        num_locations, c_out = uint32(sizes.locations), uint32(sizes.groups * sizes.group_out)
+        tiles_d = uint32((num_rows + (height - uint32(1))) // height)
+        tiles_c = uint32((sizes.group_out + (width - uint32(1))) // width)
+        # By how much a location's indices grow from one chunk to the next, before carries.
+        step_n = uint32(uint32(chunk) // num_locations)
+        rest = uint32(uint32(chunk) % num_locations)
+        step_2 = uint32(rest % sizes.out_2)
+        rest = uint32(rest // sizes.out_2)
+        step_1, step_0 = uint32(rest % sizes.out_1), uint32(rest // sizes.out_1)
+        ahead = uint32(0)  # the place of the chunk that is on its way
+        k = uint32(thread % uint32(chunk))
+        pixels[max_taps, uint64(k)] = pixels[2 * max_taps + 1, uint64(k)] = int32(-1)
         item = uint32(cuda.blockIdx.x)
         while item < tiles_d * tiles_c * sizes.groups:
             rest = uint32(item // tiles_d)
             first_d = uint32(item % tiles_d * height)
             group = uint32(rest // tiles_c)
             first_c = uint32(group * sizes.group_out + rest % tiles_c * width)
-            end_c = uint32((group + 1) * sizes.group_out)
+            end_c = uint32((group + uint32(1)) * sizes.group_out)
             item = uint32(item + cuda.gridDim.x)
-            # Each thread gathers one row and one column, at some of the locations of a chunk.
+            first_tap = uint32(first_d // sizes.group_in)
+            num_taps = uint32(0)
+            if first_d < sizes.entries:
+                last = uint32(first_d + (height - uint32(1)))
+                if last >= sizes.entries:
+                    last = uint32(sizes.entries - uint32(1))
+                num_taps = uint32(last // sizes.group_in - first_tap + uint32(1))
+            m = thread
+            while m < num_taps:
+                tap = uint32(first_tap + m)
+                rest = uint32(tap // sizes.taps_2)
+                s_0 = int32(int32(rest // sizes.taps_1) * sizes.dilation_0)
+                s_1 = int32(int32(rest % sizes.taps_1) * sizes.dilation_1)
+                s_2 = int32(int32(tap % sizes.taps_2) * sizes.dilation_2)
+                tap_0[m], tap_1[m], tap_2[m] = s_0, s_1, s_2
+                tap_at[m] = s_0 * sizes.step_0 + s_1 * sizes.step_1 + s_2 * sizes.step_2
+                m = uint32(m + uint32(threads))
+            cuda.syncthreads()
+            # Each thread gathers one row and one column, at some of the locations of a chunk. Where
+            # there is none, what it gathers is not used.
             d = uint32(first_d + thread % height)
             c = uint32(first_c + thread % width)
-            tap = uint32(d // sizes.group_in)
-            rest = uint32(tap // sizes.taps_2)
-            shift_0 = int32(rest // sizes.taps_1 * sizes.dilation_0)
-            shift_1 = int32(rest % sizes.taps_1 * sizes.dilation_1)
-            shift_2 = int32(tap % sizes.taps_2 * sizes.dilation_2)
-            shift = int32(shift_0 * sizes.step_0 + shift_1 * sizes.step_1 + shift_2 * sizes.step_2)
-            shift = int32(shift + int32(group * sizes.group_in + d % sizes.group_in))
+            c = c if c < end_c else first_c
             is_patch = d < sizes.entries
             outside = out.dtype.type(d == sizes.entries)
-            part = int64(cuda.blockIdx.y)
-            while part < out.shape[0]:
-                case = int64(sizes.cases) * part // out.shape[0]
-                remaining = int64(sizes.cases) * (part + 1) // out.shape[0] - case
-                remaining *= num_locations
-                # Of the first location of a chunk: its number in its case, and where its gradients
-                # and its image lie.
-                t = uint32(0)
-                grad = uint64(case * num_locations * c_out + c)
-                image = case * sizes.step_case
+            tap = uint32(d // sizes.group_in - first_tap) if is_patch else uint32(max_taps)
+            channel = int32(group * sizes.group_in + d % sizes.group_in)
+            part = uint32(cuda.blockIdx.y)
+            while part < num_parts:
+                case = uint32(uint64(sizes.cases) * part // num_parts)
+                end = uint32(uint64(sizes.cases) * (part + uint64(1)) // num_parts)
+                remaining = uint32(uint32(end - case) * num_locations)
+                # Where the gradients of the thread's column lie, first and last.
+                grad = uint32(uint32(case * num_locations + thread // width) * c_out + c)
+                last = uint32(uint32(end * num_locations - uint32(1)) * c_out + c)
+                # The location for which the thread finds pixels.
+                n = uint32(case + k // num_locations)
+                rest = uint32(k % num_locations)
+                o_2 = uint32(rest % sizes.out_2)
+                rest = uint32(rest // sizes.out_2)
+                o_1, o_0 = uint32(rest % sizes.out_1), uint32(rest // sizes.out_1)
                 for i in range(each_d):
                     for j in range(each_c):
                         sums[i, j] = zero
                         totals[i, j] = zero
-                while remaining > 0:
-                    count = uint32(chunk)
-                    if remaining < chunk:
-                        count = uint32(remaining)
-                    if thread < chunk:
-                        o = uint32(t + thread)
-                        ahead = uint32(o // num_locations)
-                        o = uint32(o % num_locations)
-                        rest = uint32(o // sizes.out_2)
-                        i_0 = int32(int32(rest // sizes.out_1) * sizes.stride_0 - sizes.before_0)
-                        i_1 = int32(int32(rest % sizes.out_1) * sizes.stride_1 - sizes.before_1)
-                        i_2 = int32(int32(o % sizes.out_2) * sizes.stride_2 - sizes.before_2)
-                        first = i_0 * sizes.step_0 + i_1 * sizes.step_1 + i_2 * sizes.step_2
-                        corner_0[thread], corner_1[thread], corner_2[thread] = i_0, i_1, i_2
-                        corner[thread] = image + int64(ahead) * sizes.step_case + int32(first)
+                # How many locations of its case are multiplied, how many there are to multiply now.
+                t, count = uint32(0), uint32(0)
+                goes_on = True
+                while goes_on:
+                    coming = remaining if remaining < uint32(chunk) else uint32(chunk)
+                    remaining = uint32(remaining - coming)
+                    i_0 = int32(int32(o_0) * sizes.stride_0 - sizes.before_0)
+                    i_1 = int32(int32(o_1) * sizes.stride_1 - sizes.before_1)
+                    i_2 = int32(int32(o_2) * sizes.stride_2 - sizes.before_2)
+                    at = int32(i_0 * sizes.step_0 + i_1 * sizes.step_1 + i_2 * sizes.step_2)
+                    at = int32(at + int32(n) * sizes.step_case)
+                    m = uint32(thread // uint32(chunk))
+                    while m < num_taps:
+                        inside = k < coming
+                        inside &= uint32(i_0 + tap_0[m]) < sizes.size_0
+                        inside &= uint32(i_1 + tap_1[m]) < sizes.size_1
+                        inside &= uint32(i_2 + tap_2[m]) < sizes.size_2
+                        pixel = int32(at + tap_at[m])
+                        m_ahead = uint32(m + ahead * uint32(max_taps + 1))
+                        pixels[uint64(m_ahead), uint64(k)] = pixel if inside else int32(-1)
+                        m = uint32(m + taps_at_a_time)
+                    o_2 = uint32(o_2 + step_2)
+                    over = o_2 >= sizes.out_2
+                    o_2 = uint32(o_2 - sizes.out_2) if over else o_2
+                    o_1 = uint32(o_1 + step_1 + uint32(over))
+                    over = o_1 >= sizes.out_1
+                    o_1 = uint32(o_1 - sizes.out_1) if over else o_1
+                    o_0 = uint32(o_0 + step_0 + uint32(over))
+                    over = o_0 >= sizes.out_0
+                    o_0 = uint32(o_0 - sizes.out_0) if over else o_0
+                    n = uint32(n + step_n + uint32(over))
                     cuda.syncthreads()
-                    # Loads without branches, all of them before the first store.
+                    tap_ahead = uint64(uint32(tap + ahead * uint32(max_taps + 1)))
+                    first_k = uint64(thread // height * uint32(rows_each))
                     for i in range(rows_each):
-                        k = uint32(thread // height + i * rows_apart)
-                        inside = is_patch & (k < count)
-                        inside &= uint32(corner_0[k] + shift_0) < sizes.size_0
-                        inside &= uint32(corner_1[k] + shift_1) < sizes.size_1
-                        inside &= uint32(corner_2[k] + shift_2) < sizes.size_2
-                        value = images[uint64(corner[k] + shift) if inside else uint64(0)]
-                        loaded[i] = out.dtype.type(value) if inside else outside
+                        pixel = pixels[tap_ahead, first_k + uint64(i)]
+                        loaded_rows[i] = outside
+                        if pixel >= int32(0):
+                            value = images[uint64(uint32(pixel + channel))]
+                            loaded_rows[i] = out.dtype.type(value)
                     for j in range(columns_each):
-                        k = uint32(thread // width + j * columns_apart)
-                        inside = (c < end_c) & (k < count)
-                        value = grads[grad + uint64(k * c_out) if inside else uint64(0)]
-                        loaded[rows_each + j] = out.dtype.type(value) if inside else zero
-                    for i in range(rows_each):
-                        rows[uint64(thread + i * threads)] = loaded[i]
-                    for j in range(columns_each):
-                        columns[uint64(thread + j * threads)] = loaded[rows_each + j]
-                    cuda.syncthreads()
-                    k = uint32(0)
-                    row, column = uint64(y), uint64(x)
-                    while k < count:
+                        at_c = uint32(grad + uint32(j) * columns_apart * c_out)
+                        at_c = at_c if at_c < last else last
+                        loaded_columns[j] = out.dtype.type(grads[uint64(at_c)])
+                    grad = uint32(grad + uint32(chunk) * c_out)
+                    here = uint32(uint32(1) - ahead)
+                    row = uint64(uint32(y + here * uint32(rows_size)))
+                    column = uint64(uint32(x + here * uint32(columns_size)))
+                    u = uint32(0)
+                    while u < count:
                         # Up to the end of the case, or of the chunk.
-                        stop = uint32(k + (num_locations - t))
+                        stop = uint32(u + (num_locations - t))
                         if stop > count:
                             stop = count
-                        t = uint32(t + (stop - k))
-                        while k < stop:
-                            for i in range(each_d):
-                                left[i] = rows[row + uint64(i * threads_d)]
-                            for j in range(each_c):
-                                right = columns[column + uint64(j * threads_c)]
-                                for i in range(each_d):
-                                    sums[i, j] += left[i] * right
-                            row += height
-                            column += width
-                            k = uint32(k + 1)
+                        t = uint32(t + (stop - u))
+                        while uint32(u + uint32(1)) < stop:
+                            multiply(row, column)
+                            multiply(row + uint64(row_vectors), column + uint64(column_vectors))
+                            row += uint64(2 * row_vectors)
+                            column += uint64(2 * column_vectors)
+                            u = uint32(u + uint32(2))
+                        if u < stop:
+                            multiply(row, column)
+                            row += uint64(row_vectors)
+                            column += uint64(column_vectors)
+                            u = uint32(u + uint32(1))
                         if t == num_locations:
                             t = uint32(0)
-                            image += sizes.step_case
                             for i in range(each_d):
                                 for j in range(each_c):
                                     totals[i, j] += sums[i, j] * sums[i, j]
                                     sums[i, j] = zero
-                    remaining -= chunk
-                    grad += uint64(chunk * c_out)
+                    m = uint32(thread // height * uint32(rows_each * row_vectors) + thread % height // uint32(in_row))
+                    row = uint64(uint32(m + ahead * uint32(rows_size)))
+                    for i in range(rows_each):
+                        vector = rows[row + uint64(i * row_vectors)]["v"]
+                        vector[uint64(thread % uint32(in_row))] = loaded_rows[i]
+                    column = uint64(uint32(thread // uint32(in_column) + ahead * uint32(columns_size)))
+                    for j in range(columns_each):
+                        vector = columns[column + uint64(j * threads // in_column)]["v"]
+                        vector[uint64(thread % uint32(in_column))] = loaded_columns[j]
+                    ahead = here
+                    count = coming
+                    goes_on = count > uint32(0)
                 for i in range(each_d):
-                    row = uint64(first_d + y + uint32(i * threads_d))
+                    row_d = uint32(y * uint32(in_row) + uint32(i // in_row * threads_d * in_row + i % in_row))
+                    row_d = uint32(first_d + row_d)
+                    first = uint64(uint64(part) * num_rows + row_d) * c_out + uint64(first_c)
                     for j in range(each_c):
-                        column = uint64(first_c + x + uint32(j * threads_c))
-                        if row < num_rows and column < end_c:
-                            out[uint64(part), row, column] = totals[i, j]
-                part += cuda.gridDim.y
+                        column_c = uint32(x * uint32(in_column) + uint32(j // in_column * threads_c * in_column + j % in_column))
+                        if row_d < num_rows and uint32(first_c + column_c) < end_c:
+                            out[first + uint64(column_c)] = totals[i, j]
+                part = uint32(part + cuda.gridDim.y)
 
     return fill
