@@ -62,6 +62,7 @@ def kernels() -> Iterator[Kernel]:
         squared_channels,
         squared_outer,
         squared_tiles,
+        tiles,
         triangles,
     )
     from kfac_xp.kernels.cuda.sizes import Sizes, sizes_of
@@ -86,8 +87,8 @@ def kernels() -> Iterator[Kernel]:
             yield Kernel(name, dtype, function, tuple(typed), "integers")
     for dtype, sums in (("float16", "float32"), ("float32", "float32"), ("float64", "float64")):
         given, flat = array(getattr(types, dtype), 1), array(getattr(types, sums), 1)
-        tiled = given, given, sizes, types.uint32, types.uint32, flat
-        for tile in squared_tiles.TILES[sums]:
+        tiled = given, given, sizes, *[types.uint32] * 3, flat
+        for tile in tiles.TILES[sums]:
             name = f"squared_outer {tile.rows}x{tile.columns}"
             yield Kernel(name, dtype, squared_tiles.tiled(tile, sums), tiled, sums)
         by_channel = given, given, sizes, array(getattr(types, sums), 3)
@@ -96,8 +97,9 @@ def kernels() -> Iterator[Kernel]:
         scalar = getattr(types, dtype)
         vector, cube = array(scalar, 1), array(scalar, 3)
         flag, number = array(types.boolean, 1), types.UniTuple(scalar, 1)
-        added = array(scalar, 2), vector
-        yield Kernel("squared_outer sum", dtype, squared_outer._add_up, added, dtype)
+        added = array(scalar, 2), types.uint32, vector
+        add = squared_outer.adder(*squared_outer.THREADS)
+        yield Kernel("squared_outer sum", dtype, add, added, dtype)
         for side, height in correlation_blocks.SQUARES:
             function = correlation_blocks.filler(side, height)
             table = array(types.int64, 2)

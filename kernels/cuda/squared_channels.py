@@ -19,9 +19,14 @@ EACH = 4
 THREADS = (32, 8)
 
 
-def num_tiles(shape: tuple[int, int], groups: int, dtype: Any) -> int:
-    """How many blocks of threads there are for each part of the cases."""
-    return -(-shape[1] // THREADS[0])
+# Where there are fewer blocks for all cases together, the cases are divided into parts, so that
+# there are about so many. The number does not depend on the device: the result's last bits would.
+_BLOCKS = 512
+
+
+def num_parts(num_columns: int, num_cases: int) -> int:
+    """Into how many parts the cases are divided."""
+    return max(1, min(num_cases, _BLOCKS // -(-num_columns // THREADS[0])))
 
 
 def launch(

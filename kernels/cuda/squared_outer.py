@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
+import numpy as np
 from numba import cuda
-from numpy import uint64
+from numpy import uint32, uint64
 
-from kfac_xp.kernels.cuda import squared_channels, squared_tiles
+from kfac_xp.kernels.cuda import squared_channels, squared_tiles, tiles
 from kfac_xp.kernels.cuda.launch import configured, current_stream, num_blocks, on_device
 from kfac_xp.kernels.cuda.sizes import sizes_of
 from kfac_xp.kernels.three_axes import ThreeAxes, three_axes
 
-# Where the result has fewer tiles, the cases are divided into parts, so that there are about so
-# many blocks. The number does not depend on the device, as the result's last bits would. The parts
-# take up to so many tiles, 16 MiB, however many cases there are.
-_BLOCKS = 512
+THREADS = (32, 8)
+"""Threads that add up parts: of neighbouring elements, and of each."""
 
 
 def squared_outer(rows: Any, grads: Any) -> Any:
@@ -63,31 +63,72 @@ def _squares(images: Any, grads: Any, axes: ThreeAxes, shape: tuple[int, int], g
     with images.device:
         if grads.size == 0 or math.prod(shape) == 0:
             return cupy.zeros(shape, dtype=dtype)
-        # With one channel per group there is no product of matrices.
-        kernel = squared_channels if channels == groups else squared_tiles
-        tiles = kernel.num_tiles(shape, groups, dtype)
-        parts = cupy.empty((max(1, min(num_cases, _BLOCKS // tiles)), *shape), dtype=dtype)
         # Nothing is read of images without pixels, but there must be something to point to.
         flat = (images if images.size else grads).reshape(-1), grads.reshape(-1)
         sizes = sizes_of(axes, num_cases, channels, shape[1], groups)
-        kernel.launch(*on_device(*flat), sizes, *on_device(parts), stream=current_stream())
-        if len(parts) == 1:
-            return parts[0]
+        # With one channel per group there is no product of matrices.
+        if channels == groups:
+            parts, splits = squared_channels.num_parts(shape[1], num_cases), 1
+            launch = squared_channels.launch
+        else:
+            locations, name = int(sizes.locations), np.dtype(dtype).name
+            plan = tiles.plan(*shape, groups, num_cases, locations, name)
+            (_, parts, splits), launch = plan, functools.partial(squared_tiles.launch, plan=plan)
+        sums = cupy.empty((parts * splits, *shape), dtype=dtype)
+        launch(*on_device(*flat), sizes, *on_device(sums), stream=current_stream())
+        if len(sums) == 1:
+            return sums[0]
         out = cupy.empty(shape, dtype=dtype)
-        add_up(*on_device(parts.reshape(len(parts), -1), out.reshape(-1)), stream=current_stream())
+        flat = sums.reshape(len(sums), -1), out.reshape(-1)
+        add_up(*on_device(*flat), splits, stream=current_stream())
         return out
 
 
-def add_up(parts: Any, out: Any, *, threads: int = 256, stream: Any = 0) -> None:
-    """Fill `out` [n] with the sum of `parts` [parts, n], in their order."""
-    configured(_add_up, num_blocks(out.size, threads), threads, stream)(parts, out)
+def add_up(parts: Any, out: Any, splits: int, *, stream: Any = 0) -> None:
+    """Fill `out` [n] with the sum of `parts` [parts, n], always in the same order.
+
+    Of several splits, which are neighbours, the sum is squared first.
+    """
+    add = configured(adder(*THREADS), num_blocks(out.size, THREADS[0]), THREADS, stream)
+    add(parts, np.uint32(splits), out)
 
 
-@cuda.jit
-def _add_up(parts, out):
-    """Write every element of `out`: thread i the elements i, i + number of threads, ..."""
-    for i in range(cuda.grid(1), out.size, cuda.gridsize(1)):
-        total = parts[0, uint64(i)]
-        for part in range(1, parts.shape[0]):
-            total += parts[uint64(part), uint64(i)]
-        out[uint64(i)] = total
+@functools.cache
+def adder(width: int, height: int) -> Any:
+    """The kernel for so many threads, ``add(parts, splits, out)``.
+
+    It writes every element of `out`: a column of threads one element, of which each thread adds up
+    every so many parts.
+    """
+
+    # Casts: see `squared_tiles`.
+    @cuda.jit
+    def add(parts, splits, out):
+        sums = cuda.shared.array((height, width), out.dtype)
+        x, y = uint64(cuda.threadIdx.x), uint64(cuda.threadIdx.y)
+        count, size = uint32(uint32(parts.shape[0]) // splits), uint64(out.size)
+        first = uint64(cuda.blockIdx.x) * uint64(width)
+        # A block steps as a whole: all its threads meet at the barriers.
+        while first < size:
+            i = first + x
+            total = out.dtype.type(0)
+            part = uint32(y)
+            while i < size and part < count:
+                row = uint64(part) * uint64(splits)
+                value = parts[row, i]
+                split = uint32(1)
+                while split < splits:
+                    value += parts[row + uint64(split), i]
+                    split = uint32(split + uint32(1))
+                total += value if splits == uint32(1) else value * value
+                part = uint32(part + uint32(height))
+            sums[y, x] = total
+            cuda.syncthreads()
+            if y == uint64(0) and i < size:
+                for other in range(1, height):
+                    total += sums[uint64(other), x]
+                out[i] = total
+            cuda.syncthreads()
+            first += uint64(cuda.gridDim.x) * uint64(width)
+
+    return add

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import cuda, from_dtype
-from numpy import int32, int64, uint32, uint64
+from numpy import int32, uint32, uint64
 
 from kfac_xp.kernels.cuda.launch import configured, num_blocks
+from kfac_xp.kernels.cuda.tiles import Plan, Tile
 
 VECTOR = 16
 """Bytes that a thread reads of shared memory at a time: four float32, or two float64."""
@@ -30,75 +31,14 @@ VECTOR = 16
 ALIGNS = getattr(cuda, "implementation", "") == "NVIDIA"
 
 
-class Tile(NamedTuple):
-    """What a block of threads computes at a time.
-
-    Parameters
-    ----------
-    threads_d, threads_c
-        Threads along rows and columns. The first is even.
-    each_d, each_c
-        Rows and columns of each thread, whose products take twice as many registers. `each_d` must
-        divide `threads_c`, and `each_c` `threads_d`.
-    chunk
-        Locations in shared memory at a time, which divide the number of threads; a multiple of both
-        quotients.
-    """
-
-    threads_d: int = 16
-    threads_c: int = 8
-    each_d: int = 8
-    each_c: int = 8
-    chunk: int = 16
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.threads_d * self.threads_c
-
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return self.threads_d * self.each_d
-
-    @property
-    def columns(self) -> int:
-        """Columns of a tile."""
-        return self.threads_c * self.each_c
-
-
-# A thread's registers hold two of its share of a tile. These leave room for two blocks and more on
-# a multiprocessor: see `python -m benchmarks.ptx`.
-TALL, SQUARE, NARROW = Tile(), Tile(threads_d=8), Tile(threads_d=8, each_c=4)
-TILES = {"float32": (TALL, SQUARE, NARROW), "float64": (NARROW,)}
-"""By the dtype of the sums."""
-
-
-def tile_for(shape: tuple[int, int], groups: int, dtype: Any) -> Tile:
-    """The tile for a result of this shape, of which each group has some columns."""
-    rows, columns = shape[0], shape[1] // groups
-    if TALL not in TILES[np.dtype(dtype).name] or columns <= NARROW.columns:
-        return NARROW
-    return SQUARE if rows <= SQUARE.rows else TALL
-
-
-def num_tiles(shape: tuple[int, int], groups: int, dtype: Any, *, tile: Tile | None = None) -> int:
-    """How many tiles there are: the blocks for each part of the cases."""
-    tile = tile or tile_for(shape, groups, dtype)
-    return groups * -(-shape[0] // tile.rows) * -(-shape[1] // groups // tile.columns)
-
-
-def launch(
-    images: Any, grads: Any, sizes: Any, out: Any, *, tile: Tile | None = None, stream: Any = 0
-) -> None:
-    """Fill `out` [parts, D (+ 1), C_out] from flat images and gradients: see `tiled`."""
-    parts, *shape = out.shape
-    groups = int(sizes.groups)
-    tile = tile or tile_for(shape, groups, out.dtype)
-    tiles = num_tiles(shape, groups, out.dtype, tile=tile)
-    grid = num_blocks(tiles, 1), num_blocks(parts, 1)
+def launch(images: Any, grads: Any, sizes: Any, out: Any, *, plan: Plan, stream: Any = 0) -> None:
+    """Fill `out` [parts * splits, D (+ 1), C_out] from flat images and gradients: see `tiled`."""
+    tile, parts, splits = plan
+    _, num_rows, num_columns = out.shape
+    blocks = tile.count(num_rows, num_columns, int(sizes.groups))
+    grid = num_blocks(blocks, 1), num_blocks(parts * splits, 1)
     fill = configured(tiled(tile, np.dtype(out.dtype).name), grid, tile.threads, stream)
-    fill(images, grads, sizes, np.uint32(parts), np.uint32(shape[0]), out.reshape(-1))
+    fill(images, grads, sizes, *map(np.uint32, (parts, splits, num_rows)), out.reshape(-1))
 
 
 def _vectors(dtype: str, each: int) -> tuple[Any, int]:
@@ -109,11 +49,13 @@ def _vectors(dtype: str, each: int) -> tuple[Any, int]:
 
 @functools.cache
 def tiled(tile: Tile, dtype: str) -> Any:
-    """The kernel for one tile and dtype of `out`: ``fill(images, grads, sizes, parts, rows, out)``.
+    """The kernel for a tile: ``fill(images, grads, sizes, parts, splits, rows, out)``.
 
-    It writes every element of `out` [parts * rows * C_out], with sums of its dtype. Each part has
-    some of the cases; there are D / groups rows, or one more for a bias, for which every patch has
-    a 1. `images` [N * space * C] and `grads` [N * T * C_out] are flat, too.
+    It writes every element of `out` [parts * splits * rows * C_out], of this dtype, as sums are.
+    Each part has some of the cases, and sums of squares; if there are several splits it has one
+    case, each split some of its locations, and sums that are not squared. There are D / groups
+    rows, or one more for a bias, for which every patch has a 1. `images` [N * space * C] and
+    `grads` [N * T * C_out] are flat, too.
 
     A thread's rows and columns are vectors of neighbours, `threads_d` and `threads_c` vectors
     apart, so that a warp reads neighbouring vectors. While a chunk is multiplied the next one is on
@@ -127,7 +69,7 @@ def tiled(tile: Tile, dtype: str) -> Any:
     rows_size, columns_size = chunk * row_vectors, chunk * column_vectors
     two_rows_sizes, two_columns_sizes = 2 * rows_size, 2 * columns_size
     rows_each, columns_each = chunk * tile.rows // threads, chunk * tile.columns // threads
-    rows_apart, columns_apart = threads // tile.rows, uint32(threads // tile.columns)
+    columns_apart = uint32(threads // tile.columns)
     taps_at_a_time = uint32(threads // chunk)
     # A group has two channels at least.
     max_taps = tile.rows // 2 + 1
@@ -137,7 +79,7 @@ def tiled(tile: Tile, dtype: str) -> Any:
     # both signs, and lets a signed index count from the end: hence the casts. A cast of what is
     # negative is large, so that one comparison sees both ends of an image.
     @cuda.jit
-    def fill(images, grads, sizes, num_parts, num_rows, out):
+    def fill(images, grads, sizes, num_parts, num_splits, num_rows, out):
         if ALIGNS:
             rows = cuda.shared.array(two_rows_sizes, rows_type, VECTOR)
             columns = cuda.shared.array(two_columns_sizes, columns_type, VECTOR)
@@ -174,6 +116,11 @@ def tiled(tile: Tile, dtype: str) -> Any:
                     sums[i, j] += left[i] * right[j]
 
         num_locations, c_out = uint32(sizes.locations), uint32(sizes.groups * sizes.group_out)
+        # Of a case with one location the squares of the product are the product of the squares, and
+        # the sum over cases is that of one long case.
+        is_single = num_locations == uint32(1)
+        is_plain = is_single or num_splits > uint32(1)
+        period = uint32(2**31 - 1) if is_plain else num_locations
         tiles_d = uint32((num_rows + (height - uint32(1))) // height)
         tiles_c = uint32((sizes.group_out + (width - uint32(1))) // width)
         # By how much a location's indices grow from one chunk to the next, before carries.
@@ -183,6 +130,10 @@ def tiled(tile: Tile, dtype: str) -> Any:
         rest = uint32(rest // sizes.out_2)
         step_1, step_0 = uint32(rest % sizes.out_1), uint32(rest // sizes.out_1)
         ahead = uint32(0)  # the place of the chunk that is on its way
+        # Where the thread puts what it gathers, and the location for which it finds pixels.
+        first_k = uint32(thread // height * uint32(rows_each))
+        own_row = uint32(first_k * uint32(row_vectors) + thread % height // uint32(in_row))
+        own_column = uint32(thread // uint32(in_column))
         k = uint32(thread % uint32(chunk))
         pixels[max_taps, uint64(k)] = pixels[2 * max_taps + 1, uint64(k)] = int32(-1)
         item = uint32(cuda.blockIdx.x)
@@ -221,16 +172,22 @@ def tiled(tile: Tile, dtype: str) -> Any:
             tap = uint32(d // sizes.group_in - first_tap) if is_patch else uint32(max_taps)
             channel = int32(group * sizes.group_in + d % sizes.group_in)
             part = uint32(cuda.blockIdx.y)
-            while part < num_parts:
-                case = uint32(uint64(sizes.cases) * part // num_parts)
-                end = uint32(uint64(sizes.cases) * (part + uint64(1)) // num_parts)
-                remaining = uint32(uint32(end - case) * num_locations)
+            while part < num_parts * num_splits:
+                # Locations of the part, counted through all cases.
+                i, split = uint64(part // num_splits), uint64(part % num_splits)
+                case = uint32(uint64(sizes.cases) * i // num_parts)
+                last_case = uint32(uint64(sizes.cases) * (i + uint64(1)) // num_parts - uint64(1))
+                before = uint32(num_locations * split // num_splits)
+                first = uint32(case * num_locations + before)
+                end = uint32(num_locations * (split + uint64(1)) // num_splits)
+                end = uint32(last_case * num_locations + end)
+                remaining = uint32(end - first)
                 # Where the gradients of the thread's column lie, first and last.
-                grad = uint32(uint32(case * num_locations + thread // width) * c_out + c)
-                last = uint32(uint32(end * num_locations - uint32(1)) * c_out + c)
+                grad = uint32(uint32(first + thread // width) * c_out + c)
+                last = uint32(uint32(end - uint32(1)) * c_out + c)
                 # The location for which the thread finds pixels.
-                n = uint32(case + k // num_locations)
-                rest = uint32(k % num_locations)
+                n = uint32(uint32(first + k) // num_locations)
+                rest = uint32(uint32(first + k) % num_locations)
                 o_2 = uint32(rest % sizes.out_2)
                 rest = uint32(rest // sizes.out_2)
                 o_1, o_0 = uint32(rest % sizes.out_1), uint32(rest // sizes.out_1)
@@ -271,9 +228,8 @@ def tiled(tile: Tile, dtype: str) -> Any:
                     n = uint32(n + step_n + uint32(over))
                     cuda.syncthreads()
                     tap_ahead = uint64(uint32(tap + ahead * uint32(max_taps + 1)))
-                    first_k = uint64(thread // height * uint32(rows_each))
                     for i in range(rows_each):
-                        pixel = pixels[tap_ahead, first_k + uint64(i)]
+                        pixel = pixels[tap_ahead, uint64(first_k) + uint64(i)]
                         loaded_rows[i] = outside
                         if pixel >= int32(0):
                             value = images[uint64(uint32(pixel + channel))]
@@ -289,7 +245,7 @@ def tiled(tile: Tile, dtype: str) -> Any:
                     u = uint32(0)
                     while u < count:
                         # Up to the end of the case, or of the chunk.
-                        stop = uint32(u + (num_locations - t))
+                        stop = uint32(u + (period - t))
                         if stop > count:
                             stop = count
                         t = uint32(t + (stop - u))
@@ -304,32 +260,42 @@ def tiled(tile: Tile, dtype: str) -> Any:
                             row += uint64(row_vectors)
                             column += uint64(column_vectors)
                             u = uint32(u + uint32(1))
-                        if t == num_locations:
+                        if t == period:
                             t = uint32(0)
                             for i in range(each_d):
                                 for j in range(each_c):
                                     totals[i, j] += sums[i, j] * sums[i, j]
                                     sums[i, j] = zero
-                    m = uint32(thread // height * uint32(rows_each * row_vectors) + thread % height // uint32(in_row))
-                    row = uint64(uint32(m + ahead * uint32(rows_size)))
+                    if is_single:
+                        for i in range(rows_each):
+                            loaded_rows[i] *= loaded_rows[i]
+                        for j in range(columns_each):
+                            loaded_columns[j] *= loaded_columns[j]
+                    row = uint64(uint32(own_row + ahead * uint32(rows_size)))
                     for i in range(rows_each):
                         vector = rows[row + uint64(i * row_vectors)]["v"]
                         vector[uint64(thread % uint32(in_row))] = loaded_rows[i]
-                    column = uint64(uint32(thread // uint32(in_column) + ahead * uint32(columns_size)))
+                    column = uint64(uint32(own_column + ahead * uint32(columns_size)))
                     for j in range(columns_each):
                         vector = columns[column + uint64(j * threads // in_column)]["v"]
                         vector[uint64(thread % uint32(in_column))] = loaded_columns[j]
                     ahead = here
                     count = coming
                     goes_on = count > uint32(0)
+                if is_plain:
+                    for i in range(each_d):
+                        for j in range(each_c):
+                            totals[i, j] = sums[i, j]
                 for i in range(each_d):
-                    row_d = uint32(y * uint32(in_row) + uint32(i // in_row * threads_d * in_row + i % in_row))
-                    row_d = uint32(first_d + row_d)
-                    first = uint64(uint64(part) * num_rows + row_d) * c_out + uint64(first_c)
+                    d_in_tile = uint32(i // in_row * threads_d * in_row + i % in_row)
+                    d_in_tile = uint32(y * uint32(in_row) + d_in_tile)
+                    row_d = uint32(first_d + d_in_tile)
+                    start = uint64(uint64(part) * num_rows + row_d) * c_out + uint64(first_c)
                     for j in range(each_c):
-                        column_c = uint32(x * uint32(in_column) + uint32(j // in_column * threads_c * in_column + j % in_column))
-                        if row_d < num_rows and uint32(first_c + column_c) < end_c:
-                            out[first + uint64(column_c)] = totals[i, j]
+                        c_in_tile = uint32(j // in_column * threads_c * in_column + j % in_column)
+                        c_in_tile = uint32(x * uint32(in_column) + c_in_tile)
+                        if row_d < num_rows and uint32(first_c + c_in_tile) < end_c:
+                            out[start + uint64(c_in_tile)] = totals[i, j]
                 part = uint32(part + cuda.gridDim.y)
 
     return fill

@@ -92,14 +92,18 @@ class TestPatches:
 
 @pytest.fixture
 def squares(kernels, monkeypatch):
-    """Function to the module, with tiles as given; cases are divided in two parts at most."""
-    module, tiles, channels = map(kernels, ("squared_outer", "squared_tiles", "squared_channels"))
+    """Function to the module, with tiles and divisions as given: two parts of the cases, if any."""
+    module, tiles, channels = map(kernels, ("squared_outer", "tiles", "squared_channels"))
 
-    def with_tile(tile):
-        monkeypatch.setattr(tiles, "tile_for", lambda *_: tiles.Tile(*tile))
+    def with_tile(tile, parts=2, splits=1):
+        def plan(rows, columns, groups, cases, locations, dtype):
+            return tiles.Plan(tiles.Tile(*tile), min(parts, cases), splits)
+
+        monkeypatch.setattr(tiles, "plan", plan)
         launch = functools.partial(channels.launch, threads=(2, 2))
         monkeypatch.setattr(channels, "launch", launch)
-        monkeypatch.setattr(module, "_BLOCKS", 2)
+        monkeypatch.setattr(channels, "_BLOCKS", 2)
+        monkeypatch.setattr(module, "THREADS", (2, 3))
         return module
 
     return with_tile
@@ -136,20 +140,11 @@ class TestSquaredOuter:
         out = squares(TILES[0]).squared_outer(on_gpu(rows), on_gpu(grads))
         assert_is(out, naive.squared_outer(rows, grads), dtype)
 
-    @pytest.mark.parametrize(("blocks", "parts"), [(1, 1), (13, 2), (999, 3)])
-    def test_parts_of_the_cases(self, squares, kernels, on_gpu, rng, blocks, parts, monkeypatch):
-        module, shapes = squares((2, 1, 1, 1, 2)), []
-        monkeypatch.setattr(module, "_BLOCKS", blocks)  # 3 rows of tiles, and 2 columns
-        launch = kernels("squared_tiles").launch
-
-        def seen(images, grads, sizes, out, **options):
-            shapes.append(out.shape)
-            launch(images, grads, sizes, out, **options)
-
-        monkeypatch.setattr(kernels("squared_tiles"), "launch", seen)
-        rows, grads = rng.standard_normal((3, 1, 3)), rng.standard_normal((3, 1, 3))
+    @pytest.mark.parametrize(("parts", "splits"), [(1, 1), (2, 1), (5, 1), (5, 2), (5, 3)])
+    def test_parts_of_the_cases_and_splits_of_those(self, squares, on_gpu, rng, parts, splits):
+        rows, grads = rng.standard_normal((5, 7, 3)), rng.standard_normal((5, 7, 3))
+        module = squares((2, 1, 1, 1, 2), parts, splits)
         out = module.squared_outer(on_gpu(rows), on_gpu(grads))
-        assert shapes == [(parts, 3, 3)]
         assert_is(out, naive.squared_outer(rows, grads), "float64")
 
     @pytest.mark.usefixtures("one_block")
