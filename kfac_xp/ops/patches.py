@@ -133,12 +133,11 @@ def require_images(name: str, images: Array, geometry: ConvGeometry) -> None:
         )
 
 
-def has_small_cases(x: Array, geometry: ConvGeometry | None = None) -> bool:
-    """True if integers of 32 bits number what there is of one case, with a geometry's padding."""
+def has_small_cases(x: Array, geometry: ConvGeometry) -> bool:
+    """True if integers of 32 bits number what there is of one case, with the geometry's padding."""
     *space, channels = x.shape[1:]
-    if geometry is not None:
-        space = [n + sum(pair) for n, pair in zip(space, geometry.pads(space), strict=True)]
-    return math.prod(space) * channels < 2**31
+    padded = [n + sum(pair) for n, pair in zip(space, geometry.pads(space), strict=True)]
+    return math.prod(padded) * channels < 2**31
 
 
 _ACCEPTED = Condition(

@@ -342,8 +342,13 @@ def _accepts_on_cuda(
     **options: Any,
 ) -> bool:
     is_float = is_one_float(inputs, outputs_grad, patch_mask, half=True)
-    is_small = has_small_cases(inputs, geometry) and has_small_cases(outputs_grad)
+    is_small = has_small_cases(inputs, geometry) and _has_few_entries(inputs, outputs_grad)
     return is_float and is_small and geometry.num_axes <= 3 and rotations is None
+
+
+def _has_few_entries(*arrays: Array) -> bool:
+    """True if integers of 32 bits number the entries of each."""
+    return all(math.prod(a.shape) < 2**31 for a in arrays)
 
 
 def _few_locations(rows: Array, grads: Array) -> bool:
@@ -369,18 +374,14 @@ _WINS = Condition(
 )
 squared_outer.register("numba", f"{CPU}.squared_outer:squared_outer", accepts=_ROWS, wins=_WINS)
 _ON_CUDA = (
-    "arrays that are all float16, all float32 or all float64, of less than 2**31 entries a case"
+    "arrays that are all float16, all float32 or all float64, of less than 2**31 entries each"
 )
 squared_outer.register(
     "cuda",
     f"{CUDA}.squared_outer:squared_outer",
     accepts=Condition(
         _ON_CUDA,
-        lambda rows, grads: (
-            is_one_float(rows, grads, half=True)
-            and has_small_cases(rows)
-            and has_small_cases(grads)
-        ),
+        lambda rows, grads: is_one_float(rows, grads, half=True) and _has_few_entries(rows, grads),
     ),
     wins=UNMEASURED,
 )
