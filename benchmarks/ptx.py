@@ -95,7 +95,7 @@ def kernels() -> Iterator[Kernel]:
         yield Kernel("squared_outer by channel", dtype, squared_channels._fill, by_channel, sums)
     for dtype in ("float32", "float64"):
         scalar = getattr(types, dtype)
-        vector, cube = array(scalar, 1), array(scalar, 3)
+        vector = array(scalar, 1)
         flag, number = array(types.boolean, 1), types.UniTuple(scalar, 1)
         added = array(scalar, 2), types.uint32, vector
         add = squared_outer.adder(*squared_outer.THREADS)
@@ -108,13 +108,10 @@ def kernels() -> Iterator[Kernel]:
         yield Kernel("averaged check", dtype, averaged._check, (vector, flag), dtype)
         symmetric = averaged.symmetric(*averaged.SQUARE)
         for words, factor in (("", number), (", device scalars", vector)):
-            factors = factor, factor
-            name = f"averaged{words}"
-            yield Kernel(
-                name, dtype, averaged._average, (vector, vector, *factors, flag, vector), dtype
-            )
-            name = f"averaged symmetric{words}"
-            yield Kernel(name, dtype, symmetric, (cube, cube, *factors, flag, cube), dtype)
+            arguments = vector, vector, factor, factor, flag, vector
+            yield Kernel(f"averaged{words}", dtype, averaged._average, arguments, dtype)
+            arguments = *arguments, types.uint32
+            yield Kernel(f"averaged symmetric{words}", dtype, symmetric, arguments, dtype)
 
 
 def ptx(kernel: Kernel, architecture: tuple[int, int]) -> str:

@@ -249,7 +249,7 @@ class TestRegistrations:
         with use_backend("cuda"):
             text = explain(squared_outer, half, half)
             assert text == "squared_outer: cuda, because `use_backend` asks for it"
-            with pytest.raises(ValueError, match="less than 2\\*\\*31 entries a case"):
+            with pytest.raises(ValueError, match="less than 2\\*\\*31 entries each"):
                 squared_outer(large, large)
 
     @pytest.mark.parametrize("module", ["numba.cuda", "numba.cuda.cudaimpl"])

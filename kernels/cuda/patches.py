@@ -10,12 +10,15 @@ from numpy import int32, int64, uint32, uint64
 
 from kfac_xp.kernels.cuda.launch import bits_on_device, configured, current_stream, num_blocks
 from kfac_xp.kernels.cuda.sizes import sizes_of
+from kfac_xp.kernels.cuda.vectors import ALIGNS, VECTOR, vectors
 from kfac_xp.kernels.three_axes import three_axes
 
 # Locations whose corners a block computes at a time, and loads that a thread issues before it
 # stores anything.
 LOCATIONS = 64
 _EACH = 4
+_CORNER, _ = vectors("int32", 4)
+_CORNERS = LOCATIONS + 1  # the last is that of what is beyond the locations
 # More blocks would compute more often which entry of a patch is whose.
 _MAX_BLOCKS = 4096
 
@@ -31,9 +34,15 @@ def extract_patches(inputs: Any, geometry: Any) -> Any:
         out = cupy.empty((num_cases, *geometry.output_shape(space), d), dtype=inputs.dtype)
         if out.size > 0:
             # Nothing is read of images without pixels, but there must be something to point to.
-            flat = (inputs if inputs.size else out).reshape(-1), out.reshape(-1)
-            images, patches = bits_on_device(*flat)
-            launch(images, sizes_of(axes, num_cases, channels), patches, stream=current_stream())
+            images = cupy.ascontiguousarray(inputs if inputs.size else out).reshape(-1)
+            patches = out.reshape(-1)
+            # Neighbouring channels are moved together, up to 8 bytes.
+            pixel = channels * images.itemsize
+            width = math.gcd(8, pixel, images.data.ptr)
+            images, patches = images.view(f"u{width}"), patches.view(f"u{width}")
+            images, patches = bits_on_device(images, patches)
+            moved = images, sizes_of(axes, num_cases, pixel // width), patches
+            launch(*moved, stream=current_stream())
     return out
 
 
@@ -57,10 +66,11 @@ def _fill(images, sizes, out):
 
     Neighbouring threads write neighbouring elements, and read them as far as a row of pixels goes.
     """
-    corner_0 = cuda.shared.array(LOCATIONS, int32)
-    corner_1 = cuda.shared.array(LOCATIONS, int32)
-    corner_2 = cuda.shared.array(LOCATIONS, int32)
-    corner = cuda.shared.array(LOCATIONS, int64)
+    # Along each axis, and in memory.
+    if ALIGNS:
+        corners = cuda.shared.array(_CORNERS, _CORNER, VECTOR)
+    else:
+        corners = cuda.shared.array(_CORNERS, _CORNER)
     loaded = cuda.local.array(_EACH, out.dtype)
     zero = out.dtype.type(0)
     width, height = uint32(cuda.blockDim.x), uint32(cuda.blockDim.y)
@@ -68,10 +78,12 @@ def _fill(images, sizes, out):
     thread = uint32(y * width + cuda.threadIdx.x)
     num_rows = int64(sizes.cases) * int64(sizes.locations)
     num_entries = uint32(sizes.entries)
+    step = uint64(uint32(height * num_entries))
     first_d = uint32(cuda.blockIdx.x * width)
     # A block steps as a whole: all its threads meet at the barriers.
     while first_d < num_entries:
         d = uint32(first_d + cuda.threadIdx.x)
+        is_entry = d < num_entries
         tap = uint32(d // sizes.group_in)
         rest = uint32(tap // sizes.taps_2)
         shift_0 = int32(int32(rest // sizes.taps_1) * sizes.dilation_0)
@@ -85,7 +97,7 @@ def _fill(images, sizes, out):
             if num_rows - first < LOCATIONS:
                 count = uint32(num_rows - first)
             k = thread
-            while k < count:
+            while k <= uint32(LOCATIONS):
                 n = (first + k) // int64(sizes.locations)
                 o = uint32(first + k - n * int64(sizes.locations))
                 rest = uint32(o // sizes.out_2)
@@ -93,29 +105,32 @@ def _fill(images, sizes, out):
                 i_1 = int32(int32(rest % sizes.out_1) * sizes.stride_1 - sizes.before_1)
                 i_2 = int32(int32(o % sizes.out_2) * sizes.stride_2 - sizes.before_2)
                 at = int32(i_0 * sizes.step_0 + i_1 * sizes.step_1 + i_2 * sizes.step_2)
-                corner_0[k], corner_1[k], corner_2[k] = i_0, i_1, i_2
-                corner[k] = n * sizes.step_case + at
+                corner = corners[uint64(k)]["v"]
+                # From there no tap reaches the image.
+                corner[0] = i_0 if k < count else int32(-(2**31))
+                corner[1], corner[2], corner[3] = i_1, i_2, int32(int32(n) * sizes.step_case + at)
                 k = uint32(k + width * height)
             cuda.syncthreads()
             k = y
+            at = uint64(first + k) * uint64(num_entries) + uint64(d)
             while k < count:
-                # Loads without branches, all of them before the first store.
+                # All loads before the first store.
                 for i in range(_EACH):
                     here = uint32(k + i * height)
-                    inside = here < count
-                    here = here if inside else k
-                    inside &= uint32(corner_0[here] + shift_0) < sizes.size_0
-                    inside &= uint32(corner_1[here] + shift_1) < sizes.size_1
-                    inside &= uint32(corner_2[here] + shift_2) < sizes.size_2
-                    inside &= d < num_entries
-                    value = images[uint64(corner[here] + shift) if inside else uint64(0)]
-                    loaded[i] = value if inside else zero
-                at = (first + k) * num_entries + d
+                    here = here if here < uint32(LOCATIONS) else uint32(LOCATIONS)
+                    corner = corners[uint64(here)]["v"]
+                    inside = is_entry
+                    inside &= uint32(corner[0] + shift_0) < sizes.size_0
+                    inside &= uint32(corner[1] + shift_1) < sizes.size_1
+                    inside &= uint32(corner[2] + shift_2) < sizes.size_2
+                    loaded[i] = zero
+                    if inside:
+                        loaded[i] = images[uint64(uint32(corner[3] + shift))]
                 for i in range(_EACH):
-                    if d < num_entries and k < count:
-                        out[uint64(at)] = loaded[i]
+                    if is_entry and k < count:
+                        out[at] = loaded[i]
                     k = uint32(k + height)
-                    at += uint32(height * num_entries)
+                    at += step
             cuda.syncthreads()
             first += int64(cuda.gridDim.y) * LOCATIONS
         first_d = uint32(first_d + cuda.gridDim.x * width)

@@ -14,21 +14,15 @@ anywhere else.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
-from numba import cuda, from_dtype
+from numba import cuda
 from numpy import int32, uint32, uint64
 
 from kfac_xp.kernels.cuda.launch import configured, num_blocks
 from kfac_xp.kernels.cuda.tiles import Plan, Tile
-
-VECTOR = 16
-"""Bytes that a thread reads of shared memory at a time: four float32, or two float64."""
-
-# Numba's own target aligns shared arrays by the size of an element, numba-cuda as it is told.
-ALIGNS = getattr(cuda, "implementation", "") == "NVIDIA"
+from kfac_xp.kernels.cuda.vectors import ALIGNS, VECTOR, vectors
 
 
 def launch(images: Any, grads: Any, sizes: Any, out: Any, *, plan: Plan, stream: Any = 0) -> None:
@@ -38,13 +32,7 @@ def launch(images: Any, grads: Any, sizes: Any, out: Any, *, plan: Plan, stream:
     blocks = tile.count(num_rows, num_columns, int(sizes.groups))
     grid = num_blocks(blocks, 1), num_blocks(parts * splits, 1)
     fill = configured(tiled(tile, np.dtype(out.dtype).name), grid, tile.threads, stream)
-    fill(images, grads, sizes, *map(np.uint32, (parts, splits, num_rows)), out.reshape(-1))
-
-
-def _vectors(dtype: str, each: int) -> tuple[Any, int]:
-    """The type of so many elements in shared memory as a thread reads at a time, and how many."""
-    count = math.gcd(each, VECTOR // np.dtype(dtype).itemsize)
-    return from_dtype(np.dtype([("v", dtype, (count,))], align=True)), count
+    fill(images, grads, sizes, *map(np.uint32, (parts, splits, num_rows)), out.reshape(out.size))
 
 
 @functools.cache
@@ -63,8 +51,8 @@ def tiled(tile: Tile, dtype: str) -> Any:
     """
     threads_d, threads_c, each_d, each_c, chunk = tile
     threads, height, width = tile.threads, uint32(tile.rows), uint32(tile.columns)
-    rows_type, in_row = _vectors(dtype, each_d)
-    columns_type, in_column = _vectors(dtype, each_c)
+    rows_type, in_row = vectors(dtype, each_d)
+    columns_type, in_column = vectors(dtype, each_c)
     row_vectors, column_vectors = tile.rows // in_row, tile.columns // in_column
     rows_size, columns_size = chunk * row_vectors, chunk * column_vectors
     two_rows_sizes, two_columns_sizes = 2 * rows_size, 2 * columns_size

@@ -14,6 +14,9 @@ from kfac_xp.kernels.cuda.launch import bits_on_device, configured, current_stre
 SQUARE = (32, 8)
 """Threads along a row, which is also the side of a square, and along a column."""
 
+# Loads that a thread issues before it stores anything.
+_EACH = 4
+
 
 def pack_symmetric(x: Any) -> Any:
     """See ``kfac_xp.ops.pack_symmetric``."""
@@ -59,19 +62,29 @@ def launch_unpack(
     configured(unpacker(*square), grid, square, stream)(packed, matrices)
 
 
-# Casts, here and below: see `squared_tiles`.
+# Casts, here and below: see `squared_tiles`. Arrays may overlap for all that a compiler knows, so
+# that a load stays behind the store that is written before it: hence all loads before the first.
 @cuda.jit
 def _pack(matrices, packed):
     """Write every element of `packed`: a row of threads one row of a matrix, and so on."""
+    loaded = cuda.local.array(_EACH, packed.dtype)
     count, n = uint32(matrices.shape[0]), uint32(matrices.shape[1])
+    width = uint32(cuda.blockDim.x)
     row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
     while row < count * n:
         b, i = uint32(row // n), uint32(row % n)
-        start = uint64(i) * uint64(i + 1) // uint64(2)
+        start = uint64(i) * uint64(i + uint32(1)) // uint64(2)
         j = uint32(cuda.threadIdx.x)
         while j <= i:
-            packed[b, start + uint64(j)] = matrices[b, i, j]
-            j = uint32(j + cuda.blockDim.x)
+            for m in range(_EACH):
+                k = uint32(j + uint32(m) * width)
+                if k <= i:
+                    loaded[m] = matrices[b, i, k]
+            for m in range(_EACH):
+                k = uint32(j + uint32(m) * width)
+                if k <= i:
+                    packed[b, start + uint64(k)] = loaded[m]
+            j = uint32(j + uint32(_EACH) * width)
         row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
 
@@ -88,27 +101,33 @@ def unpacker(side: int, height: int) -> Any:
     @cuda.jit
     def unpack(packed, matrices):
         square = cuda.shared.array((side, row), packed.dtype)
+        loaded = cuda.local.array(each, packed.dtype)
         x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
         count, n = uint32(matrices.shape[0]), uint32(matrices.shape[1])
-        tiles = uint32((n + (side - 1)) // side)
+        tiles = uint32((n + uint32(side - 1)) // uint32(side))
         item = uint32(cuda.blockIdx.y)
         while item < count * tiles:
             b, low = uint64(item // tiles), uint32(item % tiles)
             right = uint32(cuda.blockIdx.x)
             while right <= low:
                 for m in range(each):
-                    k = uint32(y + m * height)
-                    i, j = uint32(low * side + k), uint32(right * side + x)
+                    k = uint32(y + uint32(m * height))
+                    i, j = uint32(low * uint32(side) + k), uint32(right * uint32(side) + x)
                     if i < n and j <= i:
-                        value = packed[b, uint64(i) * uint64(i + 1) // uint64(2) + uint64(j)]
-                        matrices[b, i, j] = value
-                        square[k, x] = value
+                        start = uint64(i) * uint64(i + uint32(1)) // uint64(2)
+                        loaded[m] = packed[b, start + uint64(j)]
+                for m in range(each):
+                    k = uint32(y + uint32(m * height))
+                    i, j = uint32(low * uint32(side) + k), uint32(right * uint32(side) + x)
+                    if i < n and j <= i:
+                        matrices[b, uint64(i), uint64(j)] = loaded[m]
+                        square[uint64(k), uint64(x)] = loaded[m]
                 cuda.syncthreads()
                 for m in range(each):
-                    k = uint32(y + m * height)
-                    j, i = uint32(right * side + k), uint32(low * side + x)
+                    k = uint32(y + uint32(m * height))
+                    j, i = uint32(right * uint32(side) + k), uint32(low * uint32(side) + x)
                     if i < n and j < i:
-                        matrices[b, j, i] = square[x, k]
+                        matrices[b, uint64(j), uint64(i)] = square[uint64(x), uint64(k)]
                 cuda.syncthreads()
                 right = uint32(right + cuda.gridDim.x)
             item = uint32(item + cuda.gridDim.y)

@@ -140,6 +140,11 @@ def has_small_cases(x: Array, geometry: ConvGeometry) -> bool:
     return math.prod(padded) * channels < 2**31
 
 
+def has_few_entries(*arrays: Array) -> bool:
+    """True if integers of 32 bits number the entries of each."""
+    return all(math.prod(a.shape) < 2**31 for a in arrays)
+
+
 _ACCEPTED = Condition(
     "float32 or float64 with up to three spatial axes",
     lambda inputs, geometry: is_one_float(inputs) and geometry.num_axes <= 3,
@@ -149,11 +154,12 @@ _ACCEPTED = Condition(
 _WINS = Condition("filters of more than one tap", lambda inputs, geometry: geometry.num_taps > 1)
 extract_patches.register("numba", f"{CPU}.patches:extract_patches", accepts=_ACCEPTED, wins=_WINS)
 _ACCEPTED_ON_CUDA = Condition(
-    "float16, float32 or float64 with up to three spatial axes and less than 2**31 entries a case, "
-    "padding included",
+    "float16, float32 or float64 with up to three spatial axes, less than 2**31 entries, and "
+    "as few a case with its padding",
     lambda inputs, geometry: (
         is_one_float(inputs, half=True)
         and geometry.num_axes <= 3
+        and has_few_entries(inputs)
         and has_small_cases(inputs, geometry)
     ),
 )

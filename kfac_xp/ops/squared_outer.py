@@ -21,6 +21,7 @@ from kfac_xp.ops.patches import (
     CPU,
     CUDA,
     extract_patches,
+    has_few_entries,
     has_small_cases,
     require_images,
 )
@@ -342,13 +343,8 @@ def _accepts_on_cuda(
     **options: Any,
 ) -> bool:
     is_float = is_one_float(inputs, outputs_grad, patch_mask, half=True)
-    is_small = has_small_cases(inputs, geometry) and _has_few_entries(inputs, outputs_grad)
+    is_small = has_small_cases(inputs, geometry) and has_few_entries(inputs, outputs_grad)
     return is_float and is_small and geometry.num_axes <= 3 and rotations is None
-
-
-def _has_few_entries(*arrays: Array) -> bool:
-    """True if integers of 32 bits number the entries of each."""
-    return all(math.prod(a.shape) < 2**31 for a in arrays)
 
 
 def _few_locations(rows: Array, grads: Array) -> bool:
@@ -381,7 +377,7 @@ squared_outer.register(
     f"{CUDA}.squared_outer:squared_outer",
     accepts=Condition(
         _ON_CUDA,
-        lambda rows, grads: is_one_float(rows, grads, half=True) and _has_few_entries(rows, grads),
+        lambda rows, grads: is_one_float(rows, grads, half=True) and has_few_entries(rows, grads),
     ),
     wins=UNMEASURED,
 )

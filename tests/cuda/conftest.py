@@ -24,9 +24,13 @@ def pytest_collection_modifyitems(items):
 
 
 class Placed(np.ndarray):
-    """An array with CuPy's `device`, which is a context."""
+    """An array with CuPy's `device`, which is a context, and its `data`, which have an address."""
 
     device = contextlib.nullcontext()
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
 
 
 class Cupy:
@@ -36,6 +40,9 @@ class Cupy:
 
     def __getattr__(self, name):
         return getattr(np, name)
+
+    def ascontiguousarray(self, a):
+        return np.ascontiguousarray(a).view(Placed)
 
     def empty(self, shape, dtype):
         hole = np.nan if np.issubdtype(dtype, np.floating) else -1
