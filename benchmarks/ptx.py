@@ -103,7 +103,8 @@ def kernels() -> Iterator[Kernel]:
         for side, height in correlation_blocks.SQUARES:
             function = correlation_blocks.filler(side, height)
             table = array(types.int64, 2)
-            arguments = (array(scalar, 5), table, vector, array(scalar, 2), types.boolean)
+            numbers = *[types.uint32] * 3, types.boolean
+            arguments = vector, table, vector, vector, *numbers
             yield Kernel(f"correlation_blocks {side}", dtype, function, arguments, dtype)
         yield Kernel("averaged check", dtype, averaged._check, (vector, flag), dtype)
         symmetric = averaged.symmetric(*averaged.SQUARE)
