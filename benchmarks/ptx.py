@@ -103,7 +103,7 @@ def kernels() -> Iterator[Kernel]:
         for side, height in correlation_blocks.SQUARES:
             function = correlation_blocks.filler(side, height)
             table = array(types.int64, 2)
-            numbers = *[types.uint32] * 3, types.boolean
+            numbers = *[types.uint32] * 4, types.boolean
             arguments = vector, table, vector, vector, *numbers
             yield Kernel(f"correlation_blocks {side}", dtype, function, arguments, dtype)
         yield Kernel("averaged check", dtype, averaged._check, (vector, flag), dtype)

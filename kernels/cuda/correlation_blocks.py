@@ -70,21 +70,21 @@ def launch(
     `table` is one of `tables_of`; it must have all taps unless the part is added. `last` is read if
     `out` has a row more than there are taps times C.
     """
-    _, blocks, channels, _, _ = halves.shape
+    offsets, blocks, channels, _, _ = halves.shape
     square = square or next((s for s in SQUARES if channels <= s[0]), SQUARES[-1])
     tiles = num_blocks(table.shape[0] * -(-channels // square[0]), 1)
     fill = configured(filler(*square), (tiles, tiles), square, stream)
     flat = halves.reshape(halves.size), table, last, out.reshape(out.size)
-    fill(*flat, *map(np.uint32, (out.shape[0], blocks, channels)), adds)
+    fill(*flat, *map(np.uint32, (out.shape[0], offsets, blocks, channels)), adds)
 
 
 @functools.cache
 def filler(side: int, height: int) -> Any:
     """The kernel for squares of this side.
 
-    ``fill(halves, table, last, out, n, blocks, channels, adds)``, where `halves` and `out` are flat,
-    writes every element of `out` [n * n] between the taps of the table, and the last row and
-    column. A square is made where it lies in or below the diagonal, and written with its mirror
+    ``fill(halves, table, last, out, n, offsets, blocks, channels, adds)``, where `halves` and `out`
+    are flat, writes every element of `out` [n * n] between the taps of the table, and the last row
+    and column. A square is made where it lies in or below the diagonal, and written with its mirror
     image: both summands are read along rows, one is transposed in shared memory, and so is the sum.
     A row of the shared square is longer than need be, so that a column of it lies in all banks.
     """
@@ -92,13 +92,12 @@ def filler(side: int, height: int) -> Any:
 
     # Casts: see `squared_tiles`. Loads before stores: see `triangles`.
     @cuda.jit
-    def fill(halves, table, last, out, n, blocks, channels, adds):
+    def fill(halves, table, last, out, n, offsets, blocks, channels, adds):
         square = cuda.shared.array((side, row), out.dtype)
         direct, mirrored = cuda.local.array(each, out.dtype), cuda.local.array(each, out.dtype)
         old = cuda.local.array(each, out.dtype)
         x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
         num_taps, width = uint32(table.shape[0]), uint32(blocks * channels)
-        offsets = uint32(uint64(halves.size) // (uint64(width) * uint64(width)))
         tiles = uint32((channels + uint32(side - 1)) // uint32(side))
         low = uint32(cuda.blockIdx.y)
         while low < num_taps * tiles:
