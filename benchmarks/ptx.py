@@ -2,8 +2,9 @@
 
 Kernels are compiled to PTX by Numba and assembled by ``ptxas`` for each architecture, which needs
 the compilers of a CUDA toolkit (or ``pip install numba-cuda[cu12]``) and no GPU. The exit status is
-1 if a kernel spills registers, or takes so many that two blocks of 256 threads do not fit on a
-multiprocessor; without a toolkit the reason is printed, and it is 0.
+1 if a kernel spills registers, or takes so many that fewer than two of its blocks, or than eight
+warps, fit on a multiprocessor; without a toolkit the reason is printed, and it is 0. With
+``--loops`` the loops of the machine code are printed as well: see ``machine_code.py``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import machine_code
+
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0))
-MAX_REGISTERS = 128
-"""With which two blocks of 256 threads fit in the 65536 registers of a multiprocessor."""
+REGISTERS = 65536
+"""Of a multiprocessor."""
+MIN_BLOCKS, MIN_THREADS = 2, 256
+"""That must fit on a multiprocessor."""
 
 
 class Kernel(NamedTuple):
@@ -38,6 +43,8 @@ class Kernel(NamedTuple):
         Their Numba types.
     computes_in
         The dtype of its arithmetic; "integers" if it only moves elements.
+    threads
+        Of a block.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Kernel(NamedTuple):
     function: Any
     arguments: tuple[Any, ...]
     computes_in: str
+    threads: int = 256
 
 
 class MissingToolchainError(Exception):
@@ -90,7 +98,8 @@ def kernels() -> Iterator[Kernel]:
         tiled = given, given, sizes, *[types.uint32] * 3, flat
         for tile in tiles.TILES[sums]:
             name = f"squared_outer {tile.rows}x{tile.columns}"
-            yield Kernel(name, dtype, squared_tiles.tiled(tile, sums), tiled, sums)
+            function = squared_tiles.tiled(tile, sums)
+            yield Kernel(name, dtype, function, tiled, sums, tile.threads)
         by_channel = given, given, sizes, array(getattr(types, sums), 3)
         yield Kernel("squared_outer by channel", dtype, squared_channels._fill, by_channel, sums)
     for dtype in ("float32", "float64"):
@@ -143,23 +152,29 @@ def ptx(kernel: Kernel, architecture: tuple[int, int]) -> str:
 
 
 def assembler() -> str:
-    """Path of ``ptxas``: the system's, or that of the packages that numba-cuda brings.
+    """Path of ``ptxas``: see `tool`."""
+    return tool("ptxas")
+
+
+def tool(name: str) -> str:
+    """Path of a tool of the CUDA toolkit: the system's, or that of the packages with parts of it.
 
     Raises
     ------
     MissingToolchainError
         If there is none.
     """
-    found = shutil.which("ptxas")
+    found = shutil.which(name)
     if found is not None:
         return found
     nvidia = find_spec("nvidia")
     for folder in (nvidia.submodule_search_locations or ()) if nvidia else ():
-        for path in sorted(Path(folder).glob("**/bin/ptxas")):
+        for path in sorted(Path(folder).glob(f"**/bin/{name}")):
             return str(path)
+    package = {"ptxas": "numba-cuda[cu12]"}.get(name, f"nvidia-cuda-{name}")
     raise MissingToolchainError(
-        "ptxas is neither on the path nor among the installed packages. Install the CUDA toolkit, "
-        'or `pip install "numba-cuda[cu12]"`.'
+        f"{name} is neither on the path nor among the installed packages. Install the CUDA "
+        f'toolkit, or `pip install "{package}"`.'
     )
 
 
@@ -171,10 +186,12 @@ class Usage(NamedTuple):
     stack: int
     spilled: int
 
-    @property
-    def is_fine(self) -> bool:
-        """True if nothing is spilled and two blocks of 256 threads fit."""
-        return self.stack == self.spilled == 0 and self.registers <= MAX_REGISTERS
+    def is_fine(self, threads: int) -> bool:
+        """True if nothing is spilled, and enough blocks of so many threads have registers."""
+        registers = threads * (-(-self.registers // 8) * 8)  # they are given out in eights
+        blocks = REGISTERS // max(1, registers)
+        enough = blocks >= MIN_BLOCKS and blocks * threads >= MIN_THREADS
+        return enough and self.stack == self.spilled == 0
 
 
 def usage(text: str, architecture: tuple[int, int]) -> Usage:
@@ -185,19 +202,11 @@ def usage(text: str, architecture: tuple[int, int]) -> Usage:
     RuntimeError
         If it does not take the PTX.
     """
-    major, minor = architecture
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(text)
-        command = [assembler(), "-v", f"-arch=sm_{major}{minor}", str(source)]
-        done = subprocess.run(
-            [*command, "-o", str(Path(folder, "kernel.cubin"))], capture_output=True, text=True
-        )
-    if done.returncode != 0:
-        raise RuntimeError(f"ptxas failed: {done.stdout}{done.stderr}")
+        report = assemble(text, architecture, Path(folder, "kernel.cubin"))
 
     def number(pattern: str) -> int:
-        found = re.search(pattern, done.stdout + done.stderr)
+        found = re.search(pattern, report)
         return int(found[1]) if found else 0
 
     return Usage(
@@ -208,12 +217,50 @@ def usage(text: str, architecture: tuple[int, int]) -> Usage:
     )
 
 
+def assemble(text: str, architecture: tuple[int, int], target: Path) -> str:
+    """Assemble PTX into a file; what ``ptxas`` says.
+
+    Raises
+    ------
+    RuntimeError
+        If it does not take the PTX.
+    """
+    major, minor = architecture
+    source = target.with_suffix(".ptx")
+    source.write_text(text)
+    command = [assembler(), "-v", f"-arch=sm_{major}{minor}", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"ptxas failed: {done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def print_loops(architecture: tuple[int, int], name: str) -> None:
+    """The loops of every kernel whose name contains `name`, inner ones indented.
+
+    Raises
+    ------
+    MissingToolchainError
+        If there is no ``nvdisasm``.
+    """
+    disassembler = tool("nvdisasm")
+    for kernel in kernels():
+        if name in kernel.name:
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder, "kernel.cubin")
+                assemble(ptx(kernel, architecture), architecture, cubin)
+                text = machine_code.disassembled(disassembler, cubin)
+            print(f"\n{kernel.name} of {kernel.dtype}, sm_{''.join(map(str, architecture))}")
+            print("\n".join(map(str, machine_code.loops(text))), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kernel", default="", help="only those whose name contains this")
-    options = parser.parse_args(arguments)
     names = [f"sm_{major}{minor}" for major, minor in ARCHITECTURES]
+    parser.add_argument("--loops", choices=names, help="print the loops for this one as well")
+    options = parser.parse_args(arguments)
     too_much = []
     try:
         assembler()
@@ -227,8 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
             shared = max(u.shared for u in found)
             print(f"| {kernel.name} | {kernel.dtype} | {shared} | {registers} |", flush=True)
             for name, used in zip(names, found, strict=True):
-                if not used.is_fine:
+                if not used.is_fine(kernel.threads):
                     too_much.append(f"{kernel.name} of {kernel.dtype} on {name}: {used}")
+        if options.loops:
+            print_loops(ARCHITECTURES[names.index(options.loops)], options.kernel)
     except MissingToolchainError as reason:
         print(f"nothing was compiled: {reason}")
         return 0

@@ -38,12 +38,12 @@ def test_float32_stays_float32(compiled):
         )
 
 
-def test_nothing_is_spilled_and_two_blocks_fit(compiled):
+def test_nothing_is_spilled_and_enough_blocks_fit(compiled):
     for kernel, text in compiled:
         assert ".local" not in text, kernel.name
         used = unless_missing(ptx.usage, text, (8, 0))
         assert used.registers > 0
-        assert used.is_fine, f"{kernel.name}: {used}"
+        assert used.is_fine(kernel.threads), f"{kernel.name}: {used}"
 
 
 def test_the_table_has_every_kernel():
@@ -60,6 +60,14 @@ def test_the_table_has_every_kernel():
                         makers = "" if inner is node else f"{node.name}.<locals>."
                         found.add(makers + inner.name)
     assert found == listed
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "is_fine"),
+    [(128, 256, True), (129, 256, False), (255, 128, True), (250, 64, True), (100, 512, False)],
+)
+def test_two_blocks_and_eight_warps_must_fit(registers, threads, is_fine):
+    assert ptx.Usage(registers, shared=0, stack=0, spilled=0).is_fine(threads) == is_fine
 
 
 @pytest.mark.parametrize(
