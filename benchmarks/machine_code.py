@@ -1,9 +1,10 @@
 """The loops of a kernel's machine code, and what their instructions do.
 
-Each of the four schedulers of a multiprocessor issues one instruction a clock, whatever it does: the
-share of multiply-adds among the instructions of a loop bounds the fraction of the peak rate, and
-the instructions for each byte bound the bandwidth. ``python -m benchmarks.ptx --loops`` prints them;
-that needs ``nvdisasm`` (of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``) and no GPU.
+Each of the four schedulers of a multiprocessor issues one instruction a clock, whatever it does. So
+the share of multiply-adds among the instructions of a loop bounds the fraction of the peak rate,
+and the instructions for each byte bound the bandwidth. ``python -m benchmarks.ptx --loops sm_90``
+prints them; that needs ``nvdisasm`` (of the CUDA toolkit, or ``pip install nvidia-cuda-nvdisasm``)
+and no GPU.
 """
 
 from __future__ import annotations

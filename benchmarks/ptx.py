@@ -100,7 +100,7 @@ def kernels() -> Iterator[Kernel]:
             name = f"squared_outer {tile.rows}x{tile.columns}"
             function = squared_tiles.tiled(tile, sums)
             yield Kernel(name, dtype, function, tiled, sums, tile.threads)
-        by_channel = given, given, sizes, array(getattr(types, sums), 3)
+        by_channel = given, given, sizes, types.uint32, array(getattr(types, sums), 3)
         yield Kernel("squared_outer by channel", dtype, squared_channels._fill, by_channel, sums)
     for dtype in ("float32", "float64"):
         scalar = getattr(types, dtype)

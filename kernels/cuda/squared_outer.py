@@ -67,11 +67,12 @@ def _squares(images: Any, grads: Any, axes: ThreeAxes, shape: tuple[int, int], g
         flat = (images if images.size else grads).reshape(-1), grads.reshape(-1)
         sizes = sizes_of(axes, num_cases, channels, shape[1], groups)
         # With one channel per group there is no product of matrices.
+        locations = int(sizes.locations)
         if channels == groups:
-            parts, splits = squared_channels.num_parts(shape[1], num_cases), 1
-            launch = squared_channels.launch
+            parts, splits = squared_channels.division(shape[1], num_cases, locations)
+            launch = functools.partial(squared_channels.launch, splits=splits)
         else:
-            locations, name = int(sizes.locations), np.dtype(dtype).name
+            name = np.dtype(dtype).name
             plan = tiles.plan(*shape, groups, num_cases, locations, name)
             (_, parts, splits), launch = plan, functools.partial(squared_tiles.launch, plan=plan)
         sums = cupy.empty((parts * splits, *shape), dtype=dtype)

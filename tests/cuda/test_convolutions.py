@@ -82,6 +82,21 @@ class TestPatches:
         assert out.dtype == dtype
         np.testing.assert_array_equal(out, naive.extract_patches(inputs, *plain))
 
+    @pytest.mark.parametrize(
+        ("dtype", "channels"), [("float16", 2), ("float16", 4), ("float32", 2)]
+    )
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_channels_that_are_moved_together(self, extract, rng, dtype, channels, offset):
+        """As many as lie at a multiple of their size."""
+        case = (2, (5,), channels, (3,), (2,), ((0, 3),), (2,))
+        geometry, plain, inputs = layer(case, rng, dtype)
+        memory = np.empty(offset + inputs.size, dtype)
+        shifted = memory[offset:].reshape(inputs.shape)
+        shifted[...] = inputs
+        assert shifted.ctypes.data % 8 == offset * memory.itemsize
+        expected = naive.extract_patches(inputs, *plain)
+        np.testing.assert_array_equal(extract(shifted, geometry), expected)
+
     def test_a_block_steps_past_the_grid(self, extract, rng, kernels, monkeypatch):
         monkeypatch.setattr(kernels("patches"), "num_blocks", lambda size, threads: 1)
         monkeypatch.setattr(kernels("patches"), "_MAX_BLOCKS", 1)
@@ -102,7 +117,7 @@ def squares(kernels, monkeypatch):
         monkeypatch.setattr(tiles, "plan", plan)
         launch = functools.partial(channels.launch, threads=(2, 2))
         monkeypatch.setattr(channels, "launch", launch)
-        monkeypatch.setattr(channels, "_BLOCKS", 2)
+        monkeypatch.setattr(channels, "division", lambda columns, cases, locations: (parts, splits))
         monkeypatch.setattr(module, "THREADS", (2, 3))
         return module
 
@@ -158,7 +173,14 @@ class TestConvSquaredOuter:
     @pytest.fixture
     def check(self, squares, on_gpu, rng):
         def check(
-            case, dtype="float64", tile=TILES[0], bias=True, masked=False, groups=1, per_group=3
+            case,
+            dtype="float64",
+            tile=TILES[0],
+            bias=True,
+            masked=False,
+            groups=1,
+            per_group=3,
+            splits=None,
         ):
             geometry, plain, inputs = layer(case, rng, dtype)
             leading = (inputs.shape[0], *geometry.output_shape(inputs.shape[1:-1]))
@@ -166,7 +188,8 @@ class TestConvSquaredOuter:
             shape = (*plain[0], inputs.shape[-1] // groups)
             mask = rng.standard_normal(shape).astype(dtype) if masked else None
             options = {"has_bias": bias, "patch_mask": mask, "groups": groups}
-            module = squares(tile)
+            # Of several splits, every case is a part.
+            module = squares(tile) if splits is None else squares(tile, len(inputs), splits)
             out = module.conv_squared_outer(on_gpu(inputs), on_gpu(grads), geometry, **options)
             expected = naive.conv_squared_outer(inputs, grads, *plain, bias, mask, groups)
             assert_is(out, expected, dtype)
@@ -181,9 +204,15 @@ class TestConvSquaredOuter:
     def test_blocks(self, check, tile):
         check("1d-asymmetric-dilated", tile=tile)
 
+    @pytest.mark.parametrize(("tile", "splits"), [(TILES[0], 2), (TILES[1], 3), (TILES[3], 6)])
+    def test_splits_of_the_locations(self, check, tile, splits):
+        check("2d", tile=tile, splits=splits, masked=True)
+        check("3d", tile=tile, splits=splits)
+
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
     def test_dtypes(self, check, dtype):
         check("1d-asymmetric-dilated", dtype, masked=True)
+        check("3d", dtype, tile=(4, 4, 4, 4, 8))  # four neighbours are read at a time
 
     @pytest.mark.parametrize(("bias", "masked"), list(itertools.product([False, True], repeat=2)))
     def test_options(self, check, bias, masked):
@@ -201,6 +230,7 @@ class TestConvSquaredOuter:
         check(case, bias=False, masked=True, **options)
         many_taps = (2, (5,), channels, (9,), (2,), "SAME", (1,))  # more than the threads take
         check(many_taps, **options)
+        check(case, splits=4, **options)
 
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
     def test_one_channel_per_group_in_other_dtypes(self, check, dtype):
