@@ -120,13 +120,13 @@ def plan(rows: int, columns: int, groups: int, cases: int, locations: int, dtype
 
 
 def _divisions(cases: int, locations: int) -> Iterator[tuple[int, int]]:
-    """Numbers of parts and splits that are tried: once and thrice powers of two, evened out."""
-    parts = 1
-    while parts < cases:
-        for wanted in (parts, 3 * parts // 2):
-            each = -(-cases // min(wanted, cases))
+    """Numbers of parts and splits that are tried: parts as even as can be, eight an octave."""
+    power = 1
+    while power < cases:
+        for eighths in range(8, 16):
+            each = -(-cases // min(cases, power * eighths // 8))
             yield -(-cases // each), 1
-        parts *= 2
+        power *= 2
     yield cases, 1
     for splits in range(2, 17):
         if locations // splits >= 64:
