@@ -36,9 +36,13 @@ class _Device:
 
 
 class Placed(np.ndarray):
-    """An array with CuPy's `device`, which is a context."""
+    """An array with CuPy's `device`, which is a context, and its `data`, which have an address."""
 
     device = _Device()
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
 
 
 def placed(x):
@@ -56,6 +60,9 @@ class Cupy:
 
     def __getattr__(self, name):
         return getattr(np, name)
+
+    def ascontiguousarray(self, a):
+        return placed(np.ascontiguousarray(a))
 
     def empty(self, shape, dtype):
         self.made.append(self.emulator.empty(shape, dtype))

@@ -269,6 +269,15 @@ def _shifted_right(parts: list[str], dtype: np.dtype, x: Values, by: Values) -> 
     return shifted if dtype.kind == "i" else np.where(by < bits, shifted, 0).astype(dtype)
 
 
+def _inserted(
+    parts: list[str], dtype: np.dtype, bits: Values, into: Values, first: Values, count: Values
+) -> Values:
+    width = 8 * dtype.itemsize
+    fields = zip(bits, into, first, count, strict=True)
+    masks = (((1 << int(n)) - 1 << int(at), int(x) << int(at), int(y)) for x, y, at, n in fields)
+    return np.asarray([(y & ~m | x & m) % 2**width for m, x, y in masks], dtype=dtype)
+
+
 def _chosen(parts: list[str], dtype: np.dtype, x: Values, y: Values, first: Values) -> Values:
     return np.where(first, x, y).astype(dtype)
 
@@ -314,6 +323,7 @@ _OPERATIONS: dict[str, Callable[..., Values]] = {
     "not": lambda parts, dtype, x: ~x,
     "shl": _shifted_left,
     "shr": _shifted_right,
+    "bfi": _inserted,
     "selp": _chosen,
     "setp": _compared,
 }
