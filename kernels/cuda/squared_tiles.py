@@ -50,7 +50,8 @@ def tiled(tile: Tile, dtype: str) -> Any:
     its way: there are two places for each in shared memory.
     """
     threads_d, threads_c, each_d, each_c, chunk = tile
-    threads, height, width = tile.threads, uint32(tile.rows), uint32(tile.columns)
+    threads, tile_width = tile.threads, tile.columns
+    height, width = uint32(tile.rows), uint32(tile_width)
     rows_type, in_row = vectors(dtype, each_d)
     columns_type, in_column = vectors(dtype, each_c)
     row_vectors, column_vectors = tile.rows // in_row, tile.columns // in_column
@@ -274,16 +275,26 @@ def tiled(tile: Tile, dtype: str) -> Any:
                     for i in range(each_d):
                         for j in range(each_c):
                             totals[i, j] = sums[i, j]
+                # Through shared memory, one row of each thread at a time, so that neighbours are
+                # written together.
+                row_d = uint32(first_d + thread // width * uint32(in_row))
+                column_c = uint32(first_c + thread % width)
+                start = (uint64(part) * num_rows + row_d) * c_out + uint64(column_c)
                 for i in range(each_d):
-                    d_in_tile = uint32(i // in_row * threads_d * in_row + i % in_row)
-                    d_in_tile = uint32(y * uint32(in_row) + d_in_tile)
-                    row_d = uint32(first_d + d_in_tile)
-                    start = uint64(uint64(part) * num_rows + row_d) * c_out + uint64(first_c)
+                    cuda.syncthreads()
+                    own = uint64(uint32(y * uint32(column_vectors) + x))
                     for j in range(each_c):
-                        c_in_tile = uint32(j // in_column * threads_c * in_column + j % in_column)
-                        c_in_tile = uint32(x * uint32(in_column) + c_in_tile)
-                        if row_d < num_rows and uint32(first_c + c_in_tile) < end_c:
-                            out[start + uint64(c_in_tile)] = totals[i, j]
+                        vector = columns[own + uint64(j // in_column * threads_c)]["v"]
+                        vector[j % in_column] = totals[i, j]
+                    cuda.syncthreads()
+                    own = uint64(thread // uint32(in_column))
+                    for j in range(each_c):
+                        vector = columns[own + uint64(j * threads // in_column)]["v"]
+                        value = vector[uint64(thread % uint32(in_column))]
+                        row = i // in_row * threads_d + j * (threads // tile_width)
+                        below = uint32(row * in_row + i % in_row)
+                        if uint32(row_d + below) < num_rows and column_c < end_c:
+                            out[start + uint64(below * c_out)] = value
                 part = uint32(part + cuda.gridDim.y)
 
     return fill

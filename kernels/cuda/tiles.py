@@ -21,7 +21,7 @@ class Tile(NamedTuple):
         divide `threads_c`, and `each_c` `threads_d`.
     chunk
         Locations in shared memory at a time, which divide the number of threads; a multiple of both
-        quotients.
+        quotients, and at least half of `threads_d`.
     """
 
     threads_d: int = 16
