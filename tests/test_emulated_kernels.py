@@ -12,6 +12,7 @@ from kfac_xp.kernels.cuda import (
     correlation_blocks,
     patches,
     squared_outer,
+    tiles,
     triangles,
 )
 from kfac_xp.patch_covariance.blocks import BlockLayout
@@ -90,6 +91,21 @@ def test_squared_outer(device, rng, shape, dtype):
     grads = rng.standard_normal((n, t, c)).astype(dtype)
     out = squared_outer.squared_outer(placed(rows), placed(grads))
     assert_is(out, naive.squared_outer(rows, grads), dtype)
+
+
+@pytest.mark.parametrize(
+    "tile", tiles.TILES["float32"], ids=lambda tile: f"{tile.rows}x{tile.columns}"
+)
+@pytest.mark.parametrize(("parts", "splits"), [(1, 1), (2, 1), (3, 1), (3, 4)])
+def test_divisions(device, rng, monkeypatch, tile, parts, splits):
+    """Each tile, on parts of the cases and splits of their locations, whatever would be chosen."""
+    monkeypatch.setattr(tiles, "plan", lambda *_: tiles.Plan(tile, parts, splits))
+    geometry = ConvGeometry.create((3, 3))
+    inputs, grads = (rng.standard_normal((3, 5, 4, c)).astype("float32") for c in (15, 70))
+    out = squared_outer.conv_squared_outer(placed(inputs), placed(grads), geometry, has_bias=True)
+    plain = (3, 3), (1, 1), (1, 1), geometry.pads((5, 4))
+    expected = naive.conv_squared_outer(inputs, grads, *plain, True, None, 1)
+    assert_is(out, expected, "float32")
 
 
 @every_dtype
