@@ -50,8 +50,7 @@ def tiled(tile: Tile, dtype: str) -> Any:
     its way: there are two places for each in shared memory.
     """
     threads_d, threads_c, each_d, each_c, chunk = tile
-    threads, tile_width = tile.threads, tile.columns
-    height, width = uint32(tile.rows), uint32(tile_width)
+    threads, height, width = tile.threads, uint32(tile.rows), uint32(tile.columns)
     rows_type, in_row = vectors(dtype, each_d)
     columns_type, in_column = vectors(dtype, each_c)
     row_vectors, column_vectors = tile.rows // in_row, tile.columns // in_column
@@ -59,6 +58,8 @@ def tiled(tile: Tile, dtype: str) -> Any:
     two_rows_sizes, two_columns_sizes = 2 * rows_size, 2 * columns_size
     rows_each, columns_each = chunk * tile.rows // threads, chunk * tile.columns // threads
     columns_apart = uint32(threads // tile.columns)
+    # Rows from one that is written to the next by the same thread.
+    rows_together = uint32(threads // tile.columns * in_row)
     taps_at_a_time = uint32(threads // chunk)
     # A group has two channels at least.
     max_taps = tile.rows // 2 + 1
@@ -280,6 +281,8 @@ def tiled(tile: Tile, dtype: str) -> Any:
                 row_d = uint32(first_d + thread // width * uint32(in_row))
                 column_c = uint32(first_c + thread % width)
                 start = (uint64(part) * num_rows + row_d) * c_out + uint64(column_c)
+                stop_at = (uint64(part) + uint64(1)) * num_rows * c_out
+                stop_at = stop_at if column_c < end_c else uint64(0)
                 for i in range(each_d):
                     cuda.syncthreads()
                     own = uint64(uint32(y * uint32(column_vectors) + x))
@@ -288,13 +291,14 @@ def tiled(tile: Tile, dtype: str) -> Any:
                         vector[j % in_column] = totals[i, j]
                     cuda.syncthreads()
                     own = uint64(thread // uint32(in_column))
+                    below = uint32(i // in_row * threads_d * in_row + i % in_row)
+                    place = start + uint64(below * c_out)
                     for j in range(each_c):
                         vector = columns[own + uint64(j * threads // in_column)]["v"]
                         value = vector[uint64(thread % uint32(in_column))]
-                        row = i // in_row * threads_d + j * (threads // tile_width)
-                        below = uint32(row * in_row + i % in_row)
-                        if uint32(row_d + below) < num_rows and column_c < end_c:
-                            out[start + uint64(below * c_out)] = value
+                        if place < stop_at:
+                            out[place] = value
+                        place += uint64(rows_together * c_out)
                 part = uint32(part + cuda.gridDim.y)
 
     return fill
