@@ -164,13 +164,13 @@ def tiled(tile: Tile, dtype: str) -> Any:
             part = uint32(cuda.blockIdx.y)
             while part < num_parts * num_splits:
                 # Locations of the part, counted through all cases.
-                i, split = uint64(part // num_splits), uint64(part % num_splits)
-                case = uint32(uint64(sizes.cases) * i // num_parts)
-                last_case = uint32(uint64(sizes.cases) * (i + uint64(1)) // num_parts - uint64(1))
+                whole, split = uint64(part // num_splits), uint64(part % num_splits)
+                case = uint32(uint64(sizes.cases) * whole // num_parts)
+                end_case = uint32(uint64(sizes.cases) * (whole + uint64(1)) // num_parts)
                 before = uint32(num_locations * split // num_splits)
                 first = uint32(case * num_locations + before)
                 end = uint32(num_locations * (split + uint64(1)) // num_splits)
-                end = uint32(last_case * num_locations + end)
+                end = uint32(uint32(end_case - uint32(1)) * num_locations + end)
                 remaining = uint32(end - first)
                 # Where the gradients of the thread's column lie, first and last.
                 grad = uint32(uint32(first + thread // width) * c_out + c)
