@@ -81,6 +81,17 @@ def test_patches(device, rng, case, dtype):
     np.testing.assert_array_equal(out, naive.extract_patches(inputs, *plain))
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_patches_of_an_array_that_begins_anywhere(device, rng, offset):
+    """Two channels are moved at a time if they lie at multiples of eight bytes."""
+    memory = rng.standard_normal(offset + 2 * 5 * 5 * 6).astype("float32")
+    inputs = memory[offset:].reshape(2, 5, 5, 6)
+    geometry = ConvGeometry.create((3, 3))
+    out = patches.extract_patches(placed(inputs), geometry)
+    plain = (3, 3), (1, 1), (1, 1), geometry.pads((5, 5))
+    np.testing.assert_array_equal(out, naive.extract_patches(inputs, *plain))
+
+
 @every_dtype
 @pytest.mark.parametrize(
     "shape", [(5, 9, 131, 67), (3, 20, 70, 33), (37, 1, 40, 10), (2, 40, 1, 5)]

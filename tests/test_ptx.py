@@ -46,6 +46,13 @@ def test_nothing_is_spilled_and_enough_blocks_fit(compiled):
         assert used.is_fine(kernel.threads), f"{kernel.name}: {used}"
 
 
+def test_tiles_read_four_numbers_of_shared_memory_at_a_time(compiled):
+    """For which the compiler must know how the arrays are aligned."""
+    tiles = [text for kernel, text in compiled if re.match(r"squared_outer \d", kernel.name)]
+    assert tiles
+    assert all(text.count("ld.shared.v4.f32") >= 9 for text in tiles)
+
+
 def test_the_table_has_every_kernel():
     """What is decorated with ``cuda.jit``, in a module or in a function that makes it."""
     listed = {kernel.function.py_func.__qualname__ for kernel in ptx.kernels()}

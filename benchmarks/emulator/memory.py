@@ -30,6 +30,8 @@ class GlobalMemory:
         """Address of an array's first byte. Of what was made empty, which bytes are `known`."""
         if not array.flags.c_contiguous:
             raise ValueError("arrays must be C-contiguous")
+        if array.__array_interface__["data"][0] % array.itemsize:
+            raise AccessError(f"an array does not begin at a multiple of {array.itemsize} bytes")
         flat = array.reshape(-1).view(np.uint8)
         self._bytes.append(flat)
         self._known.append(np.ones(flat.size, dtype=bool) if known is None else known)
