@@ -1,0 +1,118 @@
+"""``cupy.cuda``: one device, streams that are done at once, no waiting."""
+
+import itertools
+import threading
+
+from cupy._memory import MemoryHook, MemoryPool  # noqa: F401
+from cupy._signatures import checked, checked_class
+from cupy.cuda import cublas, device, runtime  # noqa: F401
+
+_local = threading.local()
+_pointers = itertools.count(0x5000, 16)
+_allocator = []
+
+
+@checked("cupy.cuda", "is_available")
+def is_available():
+    """Whether there is a device: this one."""
+    return True
+
+
+@checked_class("cupy.cuda.Device")
+class Device:
+    """A context, in which this is the current device."""
+
+    def __init__(self, device=None):
+        self.id = 0 if device is None else int(device)
+        if self.id != 0:
+            raise ValueError(f"cudaErrorInvalidDevice: there is no device {self.id}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __eq__(self, other):
+        return isinstance(other, Device) and self.id == other.id
+
+    def __hash__(self):
+        return self.id
+
+    def __int__(self):
+        return self.id
+
+    def __repr__(self):
+        return f"<CUDA Device {self.id}>"
+
+    compute_capability = "90"
+
+    def synchronize(self):
+        """Wait for all streams."""
+
+    def use(self):
+        """Make this the current device."""
+
+
+@checked_class("cupy.cuda.Event")
+class Event:
+    """A mark in a stream."""
+
+    done = True
+
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        self.ptr = next(_pointers)
+
+    def record(self, stream=None):
+        """Put it into a stream."""
+
+    def synchronize(self):
+        """Wait for it."""
+
+
+@checked_class("cupy.cuda.Stream")
+class Stream:
+    """A context, in which this is the thread's current stream."""
+
+    done = True
+
+    def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        self.ptr = 0 if null else next(_pointers)
+
+    def __enter__(self):
+        _stack().append(self)
+        return self
+
+    def __exit__(self, *_):
+        _stack().pop()
+
+    def record(self, event=None):
+        """The event, now in this stream."""
+        return event or Event()
+
+    def wait_event(self, event):
+        """Let what follows wait for the event."""
+        if not isinstance(event, Event):
+            raise TypeError(f"an Event, not {type(event)}")
+
+    def synchronize(self):
+        """Wait for what is in it."""
+
+
+Stream.null = Stream(null=True)
+
+
+def _stack():
+    return _local.__dict__.setdefault("streams", [Stream.null])
+
+
+@checked("cupy.cuda", "get_current_stream")
+def get_current_stream(device_id=-1):
+    """The stream of the innermost context."""
+    return _stack()[-1]
+
+
+@checked("cupy.cuda", "set_allocator")
+def set_allocator(allocator=None):
+    """Where memory comes from; here it makes no difference."""
+    _allocator[:] = [allocator]
