@@ -139,7 +139,8 @@ class ndarray:  # noqa: N801
             raise TypeError("subok is not supported yet")
         if casting is not None:
             raise TypeError("casting is not supported yet")
-        out = self._a.astype(supported(dtype), order=order, copy=copy)
+        with quiet():
+            out = self._a.astype(supported(dtype), order=order, copy=copy)
         return self if out is self._a else new(out)
 
     def copy(self, order="C"):
