@@ -5,7 +5,7 @@ import threading
 
 from cupy._memory import MemoryHook, MemoryPool  # noqa: F401
 from cupy._signatures import checked, checked_class
-from cupy.cuda import cublas, device, runtime  # noqa: F401
+from cupy.cuda import cublas, device, nccl, runtime  # noqa: F401
 
 _local = threading.local()
 _pointers = itertools.count(0x5000, 16)
