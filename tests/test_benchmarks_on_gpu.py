@@ -8,7 +8,15 @@ import pytest
 
 from benchmarks import run
 from benchmarks import timing as efforts
-from benchmarks.gpu import conv_diagonal, covariance, floors, inverses, kernels, networks, statistics
+from benchmarks.gpu import (
+    conv_diagonal,
+    covariance,
+    floors,
+    inverses,
+    kernels,
+    networks,
+    statistics,
+)
 from benchmarks.gpu.device import CupyDevice
 from kfac_xp import backend
 from kfac_xp.calibration import examples, measuring, timing

@@ -4,7 +4,8 @@
     python tests/rehearsal/check.py --write   # write what the real CuPy has
 
 CuPy can be imported without a GPU. Signatures are those that `inspect` finds, else the first line
-of the docstring, which Cython writes. Of ufuncs, constants and attributes only the name is compared.
+of the docstring, which Cython writes. Of ufuncs the numbers of arguments are compared, of constants
+and attributes the names.
 """
 
 import argparse
@@ -56,7 +57,10 @@ def line_of(owner, name):
 
 
 def normal(text):
-    """A signature without annotations, types of C and results; defaults that are no literals: ``...``."""
+    """A signature without annotations, types of C and results.
+
+    Defaults that are no literals become ``...``.
+    """
     text = re.sub(r"\s*->.*$", "", text)
     text = re.sub(r"<[^<>]*>", "...", text)
     parts = []

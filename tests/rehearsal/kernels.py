@@ -1,8 +1,8 @@
-"""CUDA kernels of a rehearsal: in Numba's simulator where that is soon done, else by their reference.
+"""CUDA kernels of a rehearsal: in Numba's simulator where that is soon done, else by references.
 
-The host's side of every kernel runs in full: conditions, shapes, grids, allocations, what becomes of
-the arguments. Of the launches those run whose threads are few; where one did not, the op's reference
-fills in the result. (Kernels are tested in the simulator by ``tests/cuda`` and ``tests/test_ops.py``.)
+The host's side of every kernel runs in full: conditions, shapes, grids, allocations, what becomes
+of the arguments. Of the launches those run whose threads are few; where one did not, the op's
+reference fills in the result. (What kernels compute is tested by ``tests/cuda``.)
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 Read in cupy/_core/core.pyx (operators, conversions) and _routines_indexing.pyx:
 
-- NumPy arrays beside it are a TypeError, in functions and in operators; Python's and NumPy's scalars
-  are taken. There is no `__index__`.
+- NumPy arrays beside it are a TypeError, in functions and in operators; Python's and NumPy's
+  scalars are taken. There is no `__index__`.
 - Reductions and items are 0-d arrays. What copies to the host goes through `get`.
 - Integer arrays as indices wrap around instead of raising; a Boolean mask is counted on the host.
 - Results of ufuncs are C-contiguous, whatever the operands are.
@@ -25,15 +25,20 @@ _SCALARS = (bool, int, float, complex, np.generic)
 class ndarray:  # noqa: N801
     """An array on the device."""
 
+    __slots__ = ("__weakref__", "_a", "_memory", "base")
     __array_priority__ = 100
     __hash__ = None
 
     def __init__(self, shape, dtype=float, memptr=None, strides=None, order="C"):
         self._set(filled_with_rubbish(shape, dtype, order))
 
-    def _set(self, array, memory=None):
-        self._a = array
-        self._memory = memory or _memory.Memory(array.nbytes, array.ctypes.data)
+    def _set(self, array, owner=None):
+        self._a, self.base = array, None
+        if owner is None:
+            self._memory = _memory.Memory(array.nbytes, array.ctypes.data)
+        else:
+            self._memory = owner._memory
+            self.base = owner if owner.base is None else owner.base
         return self
 
     # -----------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def new(array):
 
 def view_of(owner, array):
     """An array in the memory of another."""
-    return object.__new__(ndarray)._set(array, owner._memory)
+    return object.__new__(ndarray)._set(array, owner)
 
 
 def supported(dtype):
@@ -323,16 +328,15 @@ def should_use_rop(x, y):
 
 
 def _operators():
-    binary = {
-        **{"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "true_divide"},
-        **{"floordiv": "floor_divide", "mod": "remainder", "divmod": "divmod", "pow": "power"},
-        **{"lshift": "left_shift", "rshift": "right_shift", "and": "bitwise_and"},
-        **{"or": "bitwise_or", "xor": "bitwise_xor", "matmul": "matmul"},
-    }
-    compared = {
-        **{"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal"},
-        **{"eq": "equal", "ne": "not_equal"},
-    }
+    def named(words):
+        return dict(pair.split(":") for pair in words.split())
+
+    binary = named(
+        "add:add sub:subtract mul:multiply truediv:true_divide floordiv:floor_divide mod:remainder "
+        "divmod:divmod pow:power lshift:left_shift rshift:right_shift and:bitwise_and "
+        "or:bitwise_or xor:bitwise_xor matmul:matmul"
+    )
+    compared = named("lt:less le:less_equal gt:greater ge:greater_equal eq:equal ne:not_equal")
 
     def operation(name, is_reflected=False):
         def method(self, other):
@@ -371,13 +375,12 @@ def _operators():
             setattr(ndarray, f"__i{short}__", in_place(name))
     for short, name in compared.items():
         setattr(ndarray, f"__{short}__", operation(name))
-    for short, name in {"neg": "negative", "pos": "positive", "invert": "invert"}.items():
+    for short, name in named("neg:negative pos:positive invert:invert abs:absolute").items():
         setattr(ndarray, f"__{short}__", single(name))
-    ndarray.__abs__ = single("absolute")
 
 
 _VIEWS = {"reshape", "ravel", "squeeze", "swapaxes", "transpose", "diagonal"}
-_OWN = {"take", "repeat", "searchsorted"}  # as the functions of these names
+_OWN = {"take"}  # as the functions of these names
 
 
 def _methods():

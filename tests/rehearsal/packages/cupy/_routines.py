@@ -23,18 +23,11 @@ from cupy._array import (
 from cupy._signatures import checked, names, used
 
 _VIEWS = {
-    *("reshape", "ravel", "squeeze", "swapaxes", "transpose", "permute_dims", "diagonal", "flip"),
-    *("expand_dims", "moveaxis", "matrix_transpose", "broadcast_to", "real", "imag", "rollaxis"),
-    *("broadcast_arrays", "atleast_1d", "atleast_2d", "atleast_3d", "split", "array_split"),
-    *("fliplr", "flipud", "rot90"),
+    *("reshape", "squeeze", "swapaxes", "transpose", "permute_dims", "diagonal", "flip"),
+    *("expand_dims", "moveaxis", "matrix_transpose", "broadcast_arrays"),
 }
-# They take Python's numbers, or anything, as their first argument, in CuPy as well.
-_OF_ANYTHING = {
-    *("arange", "linspace", "eye", "identity", "full", "zeros", "ones", "empty", "tri", "indices"),
-    *("tril_indices", "triu_indices", "isscalar", "result_type", "can_cast", "ndim", "shape"),
-    *("fftfreq", "rfftfreq", "min_scalar_type", "meshgrid", "einsum", "size", "iscomplexobj"),
-    *("isrealobj", "logspace", "diag_indices", "where", "allclose", "isclose", "array_equal"),
-}
+# Their first argument is no array, in CuPy either, or a sequence of arrays.
+_OF_ANYTHING = {"arange", "eye", "full", "zeros", "ones", "result_type", "broadcast_arrays"}
 
 
 def wrapped(out, owner=None):
@@ -62,17 +55,15 @@ def routine(owner, name, function=None):
     signature = names(owner)[name]
     if function is None:
         module = functools.reduce(getattr, owner.split(".")[1:], np)
-        function = getattr(module, name, None)
-    first = next(iter(signature.parameters), None)
+        function = getattr(module, name)
+    first = next(iter(signature.parameters))
 
     def call(*args, **kwargs):
         used.add((owner, name))
         bound = signature.bind(*args, **kwargs)
         given = bound.args
-        if given and name not in _OF_ANYTHING and first not in ("tup", "arrays", "arys"):
-            x = given[0]
-            if not isinstance(x, ndarray):
-                raise TypeError(f"cupy's {name} takes no {type(x)}: `{first}` is not an array")
+        if name not in _OF_ANYTHING and not isinstance(given[0], ndarray):
+            raise TypeError(f"cupy's {name} takes no {type(given[0])}: `{first}` is not an array")
         with quiet():
             out = function(
                 *map(deep_host, given), **{k: deep_host(v) for k, v in bound.kwargs.items()}
@@ -137,9 +128,16 @@ def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocki
 
 
 def _of_the_host(obj):
-    if isinstance(obj, (list, tuple)):
-        return [_of_the_host(x) for x in obj]
-    return obj._a if isinstance(obj, ndarray) else obj
+    """Sequences hold arrays of the device alone, of one shape, or none."""
+    if not isinstance(obj, (list, tuple)):
+        return obj
+    parts = [_of_the_host(x) for x in obj]
+    arrays = [x for x in obj if isinstance(x, ndarray)]
+    if not arrays:
+        return parts
+    if len(arrays) < len(obj) or len({x.shape for x in arrays}) > 1:
+        arrays[0].__array__()  # as NumPy is asked to look into them
+    return np.stack([x._a for x in arrays])
 
 
 @checked("cupy", "asarray")
@@ -232,14 +230,6 @@ def nonzero(a):
     """The host waits for how many there are."""
     int(new(np.asarray(np.count_nonzero(a._a))))
     return wrapped(np.nonzero(a._a))
-
-
-@checked("cupy", "repeat")
-def repeat(a, repeats, axis=None):
-    """`repeats` are an int or a sequence of the host: cupy/_core/_routines_manipulation.pyx."""
-    if isinstance(repeats, ndarray):
-        raise ValueError("cupy.ndaray cannot be specified as `repeats` argument.")
-    return new(np.repeat(a._a, repeats, axis))
 
 
 @checked("cupy", "matmul")

@@ -1,4 +1,4 @@
-"""What the real CuPy takes, from ``_signatures.txt``; calls are bound to it before anything runs."""
+"""What the real CuPy takes, from ``_signatures.txt``: calls are bound to it first of all."""
 
 import ast
 import functools

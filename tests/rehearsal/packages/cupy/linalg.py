@@ -1,13 +1,13 @@
-"""``cupy.linalg``. Read in cupy/linalg: failures are looked at only under ``errstate(linalg="raise")``.
+"""``cupy.linalg``. Read in cupy/linalg: failures are seen only under ``errstate(linalg="raise")``.
 
 Otherwise a Cholesky factor of what is not positive definite is what the solver left behind, an
 inverse of what is singular is not finite, and so are eigenvalues of what is not finite.
 """
 
+import cupyx
 import numpy as np
 from numpy.linalg import LinAlgError
 
-import cupyx
 from cupy import _routines
 from cupy._array import ndarray, new, quiet
 from cupy._signatures import checked, names

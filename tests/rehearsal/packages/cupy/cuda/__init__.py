@@ -5,7 +5,7 @@ import threading
 
 from cupy._memory import MemoryHook, MemoryPool  # noqa: F401
 from cupy._signatures import checked, checked_class
-from cupy.cuda import cublas, device, nccl, runtime  # noqa: F401
+from cupy.cuda import cublas, nccl, runtime  # noqa: F401
 
 _local = threading.local()
 _pointers = itertools.count(0x5000, 16)
@@ -20,7 +20,7 @@ def is_available():
 
 @checked_class("cupy.cuda.Device")
 class Device:
-    """A context, in which this is the current device."""
+    """A context, in which this is the current device. As in CuPy it has no hash."""
 
     def __init__(self, device=None):
         self.id = 0 if device is None else int(device)
@@ -36,8 +36,7 @@ class Device:
     def __eq__(self, other):
         return isinstance(other, Device) and self.id == other.id
 
-    def __hash__(self):
-        return self.id
+    __hash__ = None
 
     def __int__(self):
         return self.id
@@ -116,3 +115,6 @@ def get_current_stream(device_id=-1):
 def set_allocator(allocator=None):
     """Where memory comes from; here it makes no difference."""
     _allocator[:] = [allocator]
+
+
+from cupy.cuda import device  # noqa: E402, F401

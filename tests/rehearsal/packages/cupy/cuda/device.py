@@ -1,6 +1,7 @@
 """``cupy.cuda.device``."""
 
 from cupy._signatures import checked
+from cupy.cuda import Device  # noqa: F401
 
 
 @checked("cupy.cuda.device", "get_cublas_handle")
@@ -13,11 +14,3 @@ def get_cublas_handle():
 def get_device_id():
     """The current device's number."""
     return 0
-
-
-def __getattr__(name):
-    if name == "Device":  # also lives here
-        from cupy.cuda import Device
-
-        return Device
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

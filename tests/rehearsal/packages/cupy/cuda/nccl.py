@@ -10,7 +10,7 @@ NCCL_SUM, NCCL_FLOAT32, NCCL_FLOAT64 = 0, 7, 8
 class NcclCommunicator:
     """A group of one."""
 
-    def __init__(self, ndev, commId, rank, config=None):  # noqa: N803
+    def __init__(self, ndev, commId, rank, config=None):
         if (ndev, rank) != (1, 0) or not isinstance(commId, bytes):
             raise NotImplementedError("the stand-in of NCCL is for one process")
 

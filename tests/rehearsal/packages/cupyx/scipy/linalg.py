@@ -1,7 +1,6 @@
 """``cupyx.scipy.linalg``. Read in its _solve_triangular.py: no broadcasting, stacks are taken."""
 
 import numpy as np
-
 from cupy import linalg
 from cupy._array import ndarray, new, quiet
 from cupy._signatures import checked
@@ -21,6 +20,8 @@ def solve_triangular(
         raise ValueError("incompatible dimensions")
     if a.ndim > 2 and a.shape[:-2] != b.shape[: a.ndim - 2]:
         raise ValueError("incompatible batch count")
+    if a.size == 0:  # cuBLAS wants a leading dimension of at least 1; a stack of none is no matrix
+        raise ValueError("solve_triangular of CuPy takes no empty array")
     if trans or unit_diagonal or overwrite_b or check_finite:
         raise NotImplementedError
     dtype = a.dtype if a.dtype.char in "fd" else np.promote_types(a.dtype.char, "f")
