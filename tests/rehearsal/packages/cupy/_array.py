@@ -1,11 +1,10 @@
 """``cupy.ndarray``: a NumPy array that nothing but this package can look into.
 
-Read in cupy/_core/core.pyx (operators, conversions) and _routines_indexing.pyx:
+Read in cupy/_core/core.pyx:
 
 - NumPy arrays beside it are a TypeError, in functions and in operators; Python's and NumPy's
   scalars are taken. There is no `__index__`.
 - Reductions and items are 0-d arrays. What copies to the host goes through `get`.
-- Integer arrays as indices wrap around instead of raising; a Boolean mask is counted on the host.
 - Results of ufuncs are C-contiguous, whatever the operands are.
 - An operand with ``__array_ufunc__ = None``, or a higher `__array_priority__`, gets the operation.
 """
@@ -17,6 +16,7 @@ import operator
 import numpy as np
 
 from cupy import _memory
+from cupy._indexing import index_of
 from cupy._signatures import names, used
 
 _SCALARS = (bool, int, float, complex, np.generic)
@@ -195,9 +195,10 @@ class ndarray:  # noqa: N801
         self._a[key] = value
 
     def scatter_add(self, slices, value):
-        if self.dtype.char not in "ielfdILQ" or self.dtype == np.int64:
-            raise TypeError(f"scatter_add does not support {self.dtype}")
-        key, _ = index_of(self, slices)
+        key, is_advanced = index_of(self, slices)
+        atomic = ("int32", "float16", "float32", "float64", "uint32", "uint64")
+        if is_advanced and self.dtype.name not in atomic:
+            raise TypeError(f"scatter_add only supports {atomic}")
         np.add.at(self._a, key, value._a if isinstance(value, ndarray) else value)
 
     # -----------------------------------------------------------------------------------------
@@ -273,47 +274,6 @@ def host(x):
     if isinstance(x, np.ndarray):
         raise TypeError(f"Unsupported type {type(x)}")
     return x
-
-
-def index_of(array, key):
-    """A key as NumPy takes it, and whether it takes a copy."""
-    keys = key if isinstance(key, tuple) else (key,)
-    found, axis, is_advanced = [], 0, False
-    used_axes = sum(_axes_of(k) for k in keys)
-    for k in keys:
-        if isinstance(k, (list, np.ndarray)):  # moved to the device by CuPy
-            k = np.asarray(k, dtype=None if np.size(k) else np.int32)
-        elif isinstance(k, ndarray):
-            k = k._a
-        if isinstance(k, np.ndarray):
-            is_advanced = True
-            if k.dtype.kind == "b":
-                int(new(np.asarray(np.count_nonzero(k))))  # the host waits for the shape
-            elif k.dtype.kind in "iu":
-                if array.ndim == 0:
-                    raise IndexError("too many indices for array")
-                if array.shape[axis] == 0 and k.size:
-                    raise IndexError("cannot do a non-empty take from an empty axes.")
-                k = np.asarray(k % array.shape[axis] if k.size else k)
-            else:
-                raise IndexError("arrays used as indices must be of integer or boolean type.")
-            axis += k.ndim if k.dtype.kind == "b" else 1
-        elif k is Ellipsis:
-            axis += array.ndim - used_axes
-        elif isinstance(k, slice):
-            axis += 1
-        elif k is not None:
-            axis += 1
-            k = int(k)
-        found.append(k)
-    return tuple(found), is_advanced
-
-
-def _axes_of(key):
-    if key is None or key is Ellipsis:
-        return 0
-    dtype = getattr(key, "dtype", None)
-    return key.ndim if dtype is not None and dtype.kind == "b" else 1
 
 
 # ---------------------------------------------------------------------------------------------

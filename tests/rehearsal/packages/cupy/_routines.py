@@ -13,13 +13,13 @@ from cupy import _core
 from cupy._array import (
     filled_with_rubbish,
     host,
-    index_of,
     ndarray,
     new,
     quiet,
     supported,
     view_of,
 )
+from cupy._indexing import index_of
 from cupy._signatures import checked, names, used
 
 _VIEWS = {

@@ -5,7 +5,8 @@ import threading
 
 from cupy._memory import MemoryHook, MemoryPool  # noqa: F401
 from cupy._signatures import checked, checked_class
-from cupy.cuda import cublas, nccl, runtime  # noqa: F401
+from cupy.cuda import cublas, device, nccl, runtime  # noqa: F401
+from cupy.cuda.device import Device  # noqa: F401
 
 _local = threading.local()
 _pointers = itertools.count(0x5000, 16)
@@ -16,41 +17,6 @@ _allocator = []
 def is_available():
     """Whether there is a device: this one."""
     return True
-
-
-@checked_class("cupy.cuda.Device")
-class Device:
-    """A context, in which this is the current device. As in CuPy it has no hash."""
-
-    def __init__(self, device=None):
-        self.id = 0 if device is None else int(device)
-        if self.id != 0:
-            raise ValueError(f"cudaErrorInvalidDevice: there is no device {self.id}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def __eq__(self, other):
-        return isinstance(other, Device) and self.id == other.id
-
-    __hash__ = None
-
-    def __int__(self):
-        return self.id
-
-    def __repr__(self):
-        return f"<CUDA Device {self.id}>"
-
-    compute_capability = "90"
-
-    def synchronize(self):
-        """Wait for all streams."""
-
-    def use(self):
-        """Make this the current device."""
 
 
 @checked_class("cupy.cuda.Event")
@@ -115,6 +81,3 @@ def get_current_stream(device_id=-1):
 def set_allocator(allocator=None):
     """Where memory comes from; here it makes no difference."""
     _allocator[:] = [allocator]
-
-
-from cupy.cuda import device  # noqa: E402, F401
