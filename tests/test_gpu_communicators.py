@@ -1,4 +1,4 @@
-"""`NcclCommunicator` of one process: what NCCL is given, and what comes back."""
+"""Device arrays in a group of one process: what NCCL and MPI are given, and what comes back."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,16 @@ from tests.conftest import namespace
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def alone():
+@pytest.fixture(params=["nccl", "mpi"])
+def alone(request):
     """A group of this process alone."""
     namespace("cupy")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # installed without a library of MPI
         pytest.skip("mpi4py is not installed")
+    if request.param == "mpi":  # through host memory: few libraries read that of a device
+        return kfac_xp.MpiCommunicator(MPI.COMM_SELF, cuda_aware=False, abort_on_exception=False)
     try:
         return kfac_xp.NcclCommunicator(MPI.COMM_SELF, abort_on_exception=False)
     except ImportError as error:
@@ -24,7 +26,7 @@ def alone():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_device_arrays_stay_on_the_device(alone, rng, dtype):
+def test_device_arrays_return_to_the_device(alone, rng, dtype):
     import cupy
 
     x = rng.standard_normal(7).astype(dtype)
@@ -46,7 +48,8 @@ def test_what_is_small_goes_by_mpi(alone):
     np.testing.assert_array_equal(alone.broadcast(numbers), numbers)
     assert alone.gather_objects({"a": 1}) == [{"a": 1}]
     assert (alone.rank, alone.size) == (0, 1)
-    assert "1 processes with NCCL" in alone.describe()
+    words = {"NcclCommunicator": "stay on the device", "MpiCommunicator": "through host memory"}
+    assert words[type(alone).__name__] in alone.describe()
     assert alone.split([[0]]).size == 1
 
 
