@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from cupy import _core
+from cupy import _core, _rounding
 from cupy._array import (
     filled_with_rubbish,
     host,
@@ -56,6 +56,8 @@ def routine(owner, name, function=None):
     if function is None:
         module = functools.reduce(getattr, owner.split(".")[1:], np)
         function = getattr(module, name)
+    if name in ("sum", "mean"):
+        function = _rounding.backwards(function)
     first = next(iter(signature.parameters))
 
     def call(*args, **kwargs):
@@ -96,6 +98,8 @@ class ufunc:  # noqa: N801
         with quiet():
             if out is None:
                 found = self._ufunc(*map(host, args), casting=casting, **options)
+                if self.__name__ in _rounding.FUNCTIONS:
+                    found = _rounding.nudged(found)
                 parts = found if isinstance(found, tuple) else (found,)
                 for part in parts:
                     supported(part.dtype)
@@ -240,7 +244,7 @@ def matmul(*args, out=None, **kwargs):
             raise TypeError(f"Argument 'a' has incorrect type (expected ndarray, got {type(x)})")
     x, y = (_core.rounded(a._a) for a in args)
     with quiet():
-        found = np.matmul(x, y, **kwargs)
+        found = _rounding.matmul(x, y, **kwargs)
     if out is None:
         return wrapped(found)
     out._a[...] = found
@@ -250,7 +254,7 @@ def matmul(*args, out=None, **kwargs):
 @checked("cupy", "tensordot")
 def tensordot(a, b, axes=2):
     """See `matmul`."""
-    return wrapped(np.tensordot(_core.rounded(host(a)), _core.rounded(host(b)), axes))
+    return wrapped(_rounding.tensordot(_core.rounded(host(a)), _core.rounded(host(b)), axes))
 
 
 @checked("cupy", "get_default_memory_pool")

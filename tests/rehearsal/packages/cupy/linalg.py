@@ -8,7 +8,7 @@ import cupyx
 import numpy as np
 from numpy.linalg import LinAlgError
 
-from cupy import _routines
+from cupy import _rounding, _routines
 from cupy._array import ndarray, new, quiet
 from cupy._signatures import checked, names
 
@@ -82,7 +82,8 @@ def eigh(a, UPLO="L"):
         except LinAlgError:
             _fail("syevd")
             w, v = np.full(a.shape[:-1], np.nan, a.dtype), np.full(a.shape, np.nan, a.dtype)
-    return new(np.array(w, order="C")), new(np.array(v, order="C"))
+    v = v * _rounding.signs(v.shape[-1], v.dtype)
+    return new(np.array(_rounding.nudged(w), order="C")), new(np.array(v, order="C"))
 
 
 @checked("cupy.linalg", "eigvalsh")
@@ -104,7 +105,28 @@ def inv(a):
             return np.full_like(x, np.inf)
 
     with quiet():
-        return new(_each(inverse, a._a))
+        return new(_rounding.nudged(_each(inverse, a._a)))
+
+
+@checked("cupy.linalg", "svd")
+def svd(a, full_matrices=True, compute_uv=True):
+    """A plain tuple."""
+    if not compute_uv:
+        return new(_rounding.nudged(np.linalg.svd(a._a, compute_uv=False)))
+    with quiet():
+        u, s, vh = np.linalg.svd(a._a, full_matrices)
+    u = u * _rounding.signs(u.shape[-1], u.dtype)
+    vh = vh * _rounding.signs(vh.shape[-2], vh.dtype)[:, None]
+    return tuple(new(np.array(x, order="C")) for x in (u, _rounding.nudged(s), vh))
+
+
+@checked("cupy.linalg", "qr")
+def qr(a, mode="reduced"):
+    """A plain tuple; signs of columns of Q are not determined."""
+    q, r = np.linalg.qr(a._a, mode)
+    q = q * _rounding.signs(q.shape[-1], q.dtype)
+    r = r * _rounding.signs(r.shape[-2], r.dtype)[:, None]
+    return tuple(new(np.array(x, order="C")) for x in (q, r))
 
 
 @checked("cupy.linalg", "solve")
