@@ -12,6 +12,7 @@ from benchmarks.gpu import (
     conv_diagonal,
     covariance,
     floors,
+    graphs,
     inverses,
     kernels,
     networks,
@@ -53,9 +54,10 @@ def tiny(kept, monkeypatch):  # noqa: F811
     monkeypatch.setattr(inverses, "resnet50_sizes", lambda: [3, 8, 3])
     resnet = partial(networks.ResNet, blocks=(1, 1), width=4, h=32, classes=5)
     transformer = partial(networks.Transformer, depth=1, d=8, heads=2, sequence=3)
-    monkeypatch.setattr(statistics, "ResNet", resnet)
-    monkeypatch.setattr(statistics, "Transformer", transformer)
-    monkeypatch.setattr(statistics, "BATCH", 2)
+    for module in (statistics, graphs):
+        monkeypatch.setattr(module, "ResNet", resnet)
+        monkeypatch.setattr(module, "Transformer", transformer)
+        monkeypatch.setattr(module, "BATCH", 2)
 
 
 def test_the_whole_run(tiny, monkeypatch, tmp_path, capsys):
@@ -72,9 +74,12 @@ def test_the_whole_run(tiny, monkeypatch, tmp_path, capsys):
     assert len(written["calibration"]) == 2, "the host and the card"
     without_torch = device.why_without_torch()
     groups = {"ceilings", "covariance", "conv_diagonal", "kernels", "inverses", "statistics"}
-    assert {case["case"].split("/")[0] for case in written["cases"]} == groups
+    assert {case["case"].split("/")[0] for case in written["cases"]} == groups | {"graphs"}
     for case in written["cases"]:
+        is_of_products = case["case"].startswith("graphs/moments")
         for name, measured in case["implementations"].items():
+            if name == graphs.GRAPH and is_of_products:  # which CuPy 14 does not capture
+                continue
             is_absent = "PyTorch" in name and without_torch
             assert bool(measured["skipped"]) == bool(is_absent), (case["case"], name, measured)
             if not is_absent:

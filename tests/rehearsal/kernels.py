@@ -47,7 +47,9 @@ def install():
     BlockThread.is_alive = _is_alive
 
     from kfac_xp.backend import registry
-    from kfac_xp.kernels.cuda import launch
+    from kfac_xp.kernels.cuda import launch, target
+
+    target.load_target = lambda: cuda
 
     if registry.why_no_cuda():
         raise RuntimeError(registry.why_no_cuda())
@@ -108,11 +110,14 @@ def _completed(implementation):
 def _loaded(implementation):
     import importlib
 
+    from cupy._capture import captured
+
     module, _, name = implementation.path.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     if implementation.backend != "cuda":
         return kernel
 
+    @captured
     @functools.wraps(kernel)
     def call(*args, **kwargs):
         from kfac_xp.backend import kernel_ops

@@ -16,6 +16,7 @@ import operator
 import numpy as np
 
 from cupy import _memory
+from cupy._capture import captured
 from cupy._indexing import index_of
 from cupy._signatures import names, used
 
@@ -179,11 +180,13 @@ class ndarray:  # noqa: N801
             raise TypeError("iteration over a 0-d array")
         return (self[i] for i in range(len(self)))
 
+    @captured
     def __getitem__(self, key):
         key, is_advanced = index_of(self, key)
         out = self._a[key]
         return new(np.asarray(out)) if is_advanced else view_of(self, np.asarray(out))
 
+    @captured
     def __setitem__(self, key, value):
         key, is_advanced = index_of(self, key)
         if isinstance(value, ndarray):
@@ -340,6 +343,7 @@ def _operators():
 
 
 _VIEWS = {"reshape", "ravel", "squeeze", "swapaxes", "transpose", "diagonal"}
+_TO_HOST = {"get", "item", "tolist", "tobytes"}
 _OWN = {"take"}  # as the functions of these names
 
 
@@ -373,7 +377,8 @@ def _methods():
 
     for name, signature in names("cupy.ndarray").items():
         if signature is not None:
-            setattr(ndarray, name, made(name, signature))
+            method = made(name, signature)
+            setattr(ndarray, name, method if name in _TO_HOST else captured(method))
 
 
 @contextlib.contextmanager

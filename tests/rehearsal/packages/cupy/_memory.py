@@ -93,7 +93,14 @@ class MemoryHook:
 
 @checked_class("cupy.cuda.MemoryPool")
 class MemoryPool:
-    """CuPy's default pool; here nothing is kept."""
+    """A pool, in which here nothing is kept."""
+
+    def __init__(self, allocator=None):
+        pass
+
+    def malloc(self, size):
+        """Memory for an array."""
+        raise NotImplementedError("the stand-in's arrays are NumPy's")
 
     def free_all_blocks(self, stream=None):
         """Return what is kept to the device."""

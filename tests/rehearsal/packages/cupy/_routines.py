@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from cupy import _core, _rounding
+from cupy import _capture, _core, _rounding
 from cupy._array import (
     filled_with_rubbish,
     host,
@@ -74,7 +74,7 @@ def routine(owner, name, function=None):
         return wrapped(out, base)
 
     call.__name__ = name
-    return call
+    return _capture.captured(call)
 
 
 class ufunc:  # noqa: N801
@@ -84,6 +84,14 @@ class ufunc:  # noqa: N801
         self.__name__, self.nin, self.nout = name, nin, nout
         self._ufunc = getattr(np, name)
 
+    @checked("cupy.ufunc", "at")
+    def at(self, a, indices, b=None):
+        """Atomic additions; of other functions a few, which the library does not use."""
+        if self.__name__ != "add":
+            raise NotImplementedError(f"`cupy_{self.__name__}.at` is not supported yet")
+        a.scatter_add(indices, b)
+
+    @_capture.captured
     def __call__(self, *args, out=None, dtype=None, casting="same_kind"):
         used.add(("cupy", self.__name__))
         if not self.nin <= len(args) <= self.nin + self.nout:
@@ -150,6 +158,7 @@ def asarray(a, dtype=None, order=None, *, copy=None, blocking=False):
     return array(a, dtype, copy, order)
 
 
+@_capture.captured
 @checked("cupy", "ascontiguousarray")
 def ascontiguousarray(a, dtype=None):
     """The array itself where it is contiguous, else a copy."""
@@ -165,12 +174,14 @@ def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
     return a.get(stream, order, out) if isinstance(a, ndarray) else np.asarray(a, order=order)
 
 
+@_capture.captured
 @checked("cupy", "empty")
 def empty(shape, dtype=float, order="C"):
     """Of what is not to be relied upon."""
     return new(filled_with_rubbish(shape, dtype, order))
 
 
+@_capture.captured
 @checked("cupy", "empty_like")
 def empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
     """See `empty`."""
@@ -186,6 +197,7 @@ def broadcast_to(array, shape):
     return view_of(array, np.broadcast_to(array._a, shape))
 
 
+@_capture.captured
 @checked("cupy", "take")
 def take(a, indices, axis=None, out=None):
     """Indices wrap around."""
@@ -197,6 +209,7 @@ def take(a, indices, axis=None, out=None):
     return new(np.array(a._a[index_of(a, key)[0]], order="C"))
 
 
+@_capture.captured
 @checked("cupy", "take_along_axis")
 def take_along_axis(a, indices, axis):
     """Indices wrap around."""
@@ -205,6 +218,7 @@ def take_along_axis(a, indices, axis):
     return new(np.take_along_axis(a._a, indices._a % a.shape[axis], axis))
 
 
+@_capture.captured
 @checked("cupy", "searchsorted")
 def searchsorted(a, v, side="left", sorter=None):
     """Of an array and a Python scalar or an array."""
@@ -216,6 +230,7 @@ def searchsorted(a, v, side="left", sorter=None):
     return new(np.asarray(found, dtype=np.int64))
 
 
+@_capture.captured
 @checked("cupy", "where")
 def where(condition, x=None, y=None):
     """With one argument the host waits, as in `nonzero`."""
@@ -240,6 +255,7 @@ def nonzero(a):
 def matmul(*args, out=None, **kwargs):
     """Products; of float32 after rounding to TF32 where that is the compute type."""
     for x in args:
+        _capture.refuse("cuBLAS")
         if not isinstance(x, ndarray):
             raise TypeError(f"Argument 'a' has incorrect type (expected ndarray, got {type(x)})")
     x, y = (_core.rounded(a._a) for a in args)
@@ -254,6 +270,7 @@ def matmul(*args, out=None, **kwargs):
 @checked("cupy", "tensordot")
 def tensordot(a, b, axes=2):
     """See `matmul`."""
+    _capture.refuse("cuBLAS")
     return wrapped(_rounding.tensordot(_core.rounded(host(a)), _core.rounded(host(b)), axes))
 
 
@@ -268,6 +285,7 @@ def get_default_memory_pool():
 def _joined(name):
     function = getattr(np, name)
 
+    @_capture.captured
     @checked("cupy", name)
     def join(tup, *args, **kwargs):
         parts = list(tup)

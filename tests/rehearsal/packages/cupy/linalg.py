@@ -8,7 +8,7 @@ import cupyx
 import numpy as np
 from numpy.linalg import LinAlgError
 
-from cupy import _rounding, _routines
+from cupy import _capture, _rounding, _routines
 from cupy._array import ndarray, new, quiet
 from cupy._signatures import checked, names
 
@@ -17,6 +17,7 @@ for _name in names("cupy.linalg"):
 
 
 def _matrices(*arrays):
+    _capture.refuse("cuSOLVER")
     for a in arrays:
         if not isinstance(a, ndarray):
             raise LinAlgError("cupy.linalg only supports cupy.ndarray")

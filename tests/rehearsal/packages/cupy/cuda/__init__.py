@@ -1,8 +1,11 @@
 """``cupy.cuda``: one device, streams that are done at once, no waiting."""
 
+import contextlib
 import itertools
 import threading
 
+from cupy import _capture
+from cupy._capture import Graph  # noqa: F401
 from cupy._memory import MemoryHook, MemoryPool  # noqa: F401
 from cupy._signatures import checked, checked_class
 from cupy.cuda import cublas, device, nccl, runtime  # noqa: F401
@@ -63,6 +66,16 @@ class Stream:
     def synchronize(self):
         """Wait for what is in it."""
 
+    def begin_capture(self, mode=None):
+        """Write down what is called in it."""
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        _capture.begin()
+
+    def end_capture(self):
+        """A graph of what was called."""
+        return _capture.end()
+
 
 Stream.null = Stream(null=True)
 
@@ -75,6 +88,13 @@ def _stack():
 def get_current_stream(device_id=-1):
     """The stream of the innermost context."""
     return _stack()[-1]
+
+
+@checked("cupy.cuda", "using_allocator")
+@contextlib.contextmanager
+def using_allocator(allocator=None):
+    """Another one in the context; here it makes no difference."""
+    yield
 
 
 @checked("cupy.cuda", "set_allocator")
