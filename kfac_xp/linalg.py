@@ -355,7 +355,7 @@ def posdef_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") ->
     if not array_api_compat.is_cupy_array(x):
         return inverse
     # Nothing tells of a failed solver but what it returns.
-    xp, residual = array_namespace(x), inverse_checks(x, inverse, damping)[..., :1, None]
+    xp, residual = array_namespace(x), inverse_checks(x, inverse, damping)[0]
     return xp.where(residual <= 1e-2, inverse, xp.nan)
 
 

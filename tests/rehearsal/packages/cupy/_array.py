@@ -197,7 +197,7 @@ class ndarray:  # noqa: N801
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
         self._a[key] = value
 
-    def scatter_add(self, slices, value):
+    def _scatter_add(self, slices, value):
         key, is_advanced = index_of(self, slices)
         atomic = ("int32", "float16", "float32", "float64", "uint32", "uint64")
         if is_advanced and self.dtype.name not in atomic:

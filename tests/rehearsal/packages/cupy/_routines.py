@@ -84,12 +84,13 @@ class ufunc:  # noqa: N801
         self.__name__, self.nin, self.nout = name, nin, nout
         self._ufunc = getattr(np, name)
 
+    @_capture.captured
     @checked("cupy.ufunc", "at")
     def at(self, a, indices, b=None):
         """Atomic additions; of other functions a few, which the library does not use."""
         if self.__name__ != "add":
             raise NotImplementedError(f"`cupy_{self.__name__}.at` is not supported yet")
-        a.scatter_add(indices, b)
+        a._scatter_add(indices, b)
 
     @_capture.captured
     def __call__(self, *args, out=None, dtype=None, casting="same_kind"):

@@ -29,9 +29,3 @@ def errstate(*, divide=None, over=None, under=None, invalid=None, linalg=None):
         yield
     finally:
         _config.linalg = before
-
-
-@checked("cupyx", "scatter_add")
-def scatter_add(a, slices, value):
-    """Atomic additions at indices."""
-    a.scatter_add(slices, value)
