@@ -258,8 +258,8 @@ def cholesky(x: Array, damping: Scalar = 0.0) -> Array:
     """Lower Cholesky factor of ``x + damping * I``; NaN if that is not positive definite.
 
     Libraries report the failure differently (an exception, NaN, nothing); here it is NaN
-    everywhere, or garbage in CuPy, which waits for the device when asked to check. Callers look
-    at a residual.
+    everywhere, or may be garbage in CuPy, which waits for the device when asked to check. Callers
+    look at a residual.
     """
     return _cholesky(add_to_diagonal(x, damping))
 
@@ -270,7 +270,13 @@ def _cholesky(damped: Array) -> Array:
 
         factor, info = torch.linalg.cholesky_ex(damped)
         return torch.where(info[..., None, None] == 0, factor, torch.nan)
-    return _each(array_namespace(damped).linalg.cholesky, damped)
+    xp = array_namespace(damped)
+    factor = _each(xp.linalg.cholesky, damped)
+    if not array_api_compat.is_cupy_array(damped):
+        return factor
+    # What the solver left behind at a pivot that is not positive would pass for a factor of zero.
+    is_definite = xp.all(xp.linalg.diagonal(factor) > 0, axis=-1)
+    return xp.where(is_definite[..., None, None], factor, xp.nan)
 
 
 def inverse_lower(factor: Array) -> Array:
@@ -344,8 +350,13 @@ def psd_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Ar
 
 
 def posdef_inv(x: Array, damping: Scalar, method: InverseMethod = "cholesky") -> Array:
-    """As `psd_inv`: the name that the reference has for it."""
-    return psd_inv(x, damping, method)
+    """As `psd_inv`, not finite on failure in CuPy as well: the name that the reference has."""
+    inverse = psd_inv(x, damping, method)
+    if not array_api_compat.is_cupy_array(x):
+        return inverse
+    # Nothing tells of a failed solver but what it returns.
+    xp, residual = array_namespace(x), inverse_checks(x, inverse, damping)[0]
+    return xp.where(residual <= 1e-2, inverse, xp.nan)
 
 
 def posdef_eig(x: Array, method: EigMethod = "self_adjoint") -> tuple[Array, Array]:

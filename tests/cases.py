@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kfac_xp.backend import is_readable
+
 DATA = Path(__file__).parent / "data"
 
 # What the reference keeps in global constants is an option here.
@@ -81,6 +83,20 @@ def assert_close(actual, expected, rtol, what=""):
     scale = np.max(np.abs(expected), initial=0.0) or 1.0
     error = np.max(np.abs(actual - expected), initial=0.0) / scale
     assert error <= rtol, f"{what}: relative error {error:.2e} above {rtol:.0e}"
+
+
+def require_refusal(update, owner, x, match):
+    """Statistics that are not finite, like `x`: refused at once where looking is free.
+
+    On a device they are left out, and refused by the next inverse update of a factor or block. The
+    message is returned.
+    """
+    if not is_readable(x):
+        update()
+        update = owner.update_inverses
+    with pytest.raises(FloatingPointError, match=match) as caught:
+        update()
+    return str(caught.value)
 
 
 def to_numpy(x):

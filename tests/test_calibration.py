@@ -316,6 +316,7 @@ def test_calibrate_measures_the_device(kept, monkeypatch):
     monkeypatch.setattr(timing, "usable_cupy", backend.usable_cupy)
     monkeypatch.setattr(timing, "EXAMPLES", SMALL)
     monkeypatch.setattr(timing, "_GPU_WORK", 2e6)
+    monkeypatch.setattr(measuring, "_COVARIANCES", ((2, 6, 4, 3), (3, 5, 2, 3)))
     found = kfac_xp.calibrate()
     x = cupy.ones((2, 3, 20), dtype=cupy.float32)
     kind = backend.device_kind(x)

@@ -43,7 +43,7 @@ def test_pi_by_every_norm(xp, rng, pi_type, a_size, g_size):
     g, zero = Diag(xp.asarray([4.0, 4.0])), FullMatrix(xp.zeros((2, 2)))
     pi = compute_pi(a, g, pi_type)
     assert_close(pi, np.sqrt(a_size / g_size), 1e-12)
-    assert_close(compute_pi_adjusted_damping(a, g, 0.1, pi_type)[0], 0.1 * pi, 1e-12)
+    assert_close(compute_pi_adjusted_damping(a, g, 0.1, pi_type)[0], 0.1 * float(pi), 1e-12)
     assert float(compute_pi(zero, g, pi_type)) == float(compute_pi(g, zero, pi_type)) == 1.0
 
 

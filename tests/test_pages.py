@@ -87,6 +87,17 @@ def require_same_output(printed, shown):
         assert math.isclose(float(a), float(b), rel_tol=0, abs_tol=1.5 * unit), f"printed {printed}"
 
 
+OF_GPUS = [page for page in PAGES if "<!-- needs cupy -->" in page.read_text()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", OF_GPUS, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_on_a_gpu(page, capsys, tmp_path, monkeypatch):
+    if not is_there("cupy"):
+        pytest.skip("CuPy is not installed, or finds no CUDA device")
+    test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kfac_xp
-from tests.cases import assert_close
+from tests.cases import assert_close, to_numpy
 
 FACTOR = """name cov batch_size check_partial_batch_sizes instantiate_cov_variables
 instantiate_inv_variables make_covariance_update_op make_inverse_update_ops get_cov_vars
@@ -177,12 +177,12 @@ def test_small_tools(xp, rng):
     assert total.count == 0
     signs = kfac_xp.generate_random_signs(0, (50, 3), xp.zeros((1,)))
     assert signs.dtype == xp.zeros((1,)).dtype
-    assert set(np.unique(np.asarray(signs)).tolist()) == {-1.0, 1.0}
+    assert set(np.unique(to_numpy(signs)).tolist()) == {-1.0, 1.0}
     x = rng.normal(size=(3, 3))
     cov = xp.asarray(x @ x.T)
     assert_close(kfac_xp.posdef_inv(cov, 0.1), np.linalg.inv(x @ x.T + 0.1 * np.eye(3)), 1e-10)
     for method in ("self_adjoint", "svd"):
-        w, v = (np.asarray(a) for a in kfac_xp.posdef_eig(cov, method))
+        w, v = (to_numpy(a) for a in kfac_xp.posdef_eig(cov, method))
         assert_close((v * w) @ v.T, x @ x.T, 1e-10)
 
 
@@ -228,7 +228,7 @@ def test_patches_in_the_documented_forms(xp, rng):
     whole = kfac_xp.extract_convolution_patches(x, shape, "VALID", (2, 1))
     assert tuple(whole.shape) == (2, 2, 3, 3, 2, 3)
     flat = kfac_xp.extract_image_patches(x, shape, (1, 2, 1, 1), None, "VALID")
-    assert_close(xp.reshape(whole, tuple(flat.shape)), np.asarray(flat), 0.0)
+    assert_close(xp.reshape(whole, tuple(flat.shape)), to_numpy(flat), 0.0)
     pixels = kfac_xp.extract_pointwise_conv2d_patches(x, (1, 1, 3, 7))
     assert tuple(pixels.shape) == (2, 5, 4, 1, 1, 3)
     with pytest.raises(ValueError, match="must be"):

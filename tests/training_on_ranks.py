@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 import kfac_xp
+from tests.cases import to_numpy
 from tests.models import TanhNet
 
 MODES = ["gradients", "empirical", "curvature_prop", "exact", "curvature_prop_GGN", "exact_GGN"]
@@ -152,7 +153,7 @@ def trained(scenario, communicator=None, xp=np, steps=STEPS):
 
 
 def flat(params):
-    return np.concatenate([np.asarray(a).ravel() for pair in params.values() for a in pair])
+    return np.concatenate([to_numpy(a).ravel() for pair in params.values() for a in pair])
 
 
 def numbers(params, losses, damping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,10 @@ class NcclCommunicator:
     ) -> None:
         try:
             import cupy
-            from cupy.cuda import nccl
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # where NCCL is missing, the error below tells
+                from cupy.cuda import nccl
         except ImportError as error:
             raise ImportError(
                 "NcclCommunicator needs CuPy: install `kfac-xp[cuda12]` or `kfac-xp[cuda13]`."

@@ -1,0 +1,1 @@
+"""The GPU's tests and programs on a stand-in of CuPy: ``python -m tests.rehearsal``."""
