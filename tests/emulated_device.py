@@ -1,7 +1,6 @@
-"""NumPy in CuPy's place, for kernels that run on an emulated device."""
+"""Kernels on an emulated device, on NumPy's arrays in the place of CuPy's."""
 
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from kfac_xp.kernels.cuda import (
     squared_tiles,
     triangles,
 )
+from tests.numpy_as_cupy import Cupy, placed
 
 MODULES = (
     averaged,
@@ -27,42 +27,11 @@ MODULES = (
 )
 
 
-class _Device:
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *_):
-        pass
-
-
-class Placed(np.ndarray):
-    """An array with CuPy's `device`, which is a context, and its `data`, which have an address."""
-
-    device = _Device()
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-def placed(x):
-    """An array that looks as if it were on the device."""
-    return np.asarray(x).view(Placed)
-
-
-class Cupy:
-    """What the kernels' callers use of CuPy."""
-
-    cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
+class EmulatedCupy(Cupy):
+    """Its new arrays are the emulator's, and are kept in `made`."""
 
     def __init__(self, emulator):
         self.emulator, self.made = emulator, []
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    def ascontiguousarray(self, a):
-        return placed(np.ascontiguousarray(a))
 
     def empty(self, shape, dtype):
         self.made.append(self.emulator.empty(shape, dtype))
@@ -75,7 +44,7 @@ def install(monkeypatch, *, one_block=False):
     With `one_block` grids are as small as they can be.
     """
     emulator = Emulator()
-    cupy = Cupy(emulator)
+    cupy = EmulatedCupy(emulator)
 
     def configured(kernel, grid, threads, stream):
         return lambda *arguments: emulator.launch(kernel, grid, threads, *arguments)

@@ -17,7 +17,8 @@ from kfac_xp.kernels.cuda import (
 )
 from kfac_xp.patch_covariance.blocks import BlockLayout
 from tests import naive
-from tests.emulated_device import install, placed
+from tests.emulated_device import install
+from tests.numpy_as_cupy import placed
 
 pytestmark = pytest.mark.emulated
 

@@ -1,15 +1,15 @@
-"""NumPy in CuPy's place, for kernels in Numba's simulator."""
+"""Kernels in Numba's simulator, on NumPy's arrays in the place of CuPy's."""
 
-import contextlib
 import importlib
 import os
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from tests.numpy_as_cupy import Cupy, placed
 
 
 def pytest_collection_modifyitems(items):
@@ -21,38 +21,6 @@ def pytest_collection_modifyitems(items):
         if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
             reason = "Numba's CUDA simulator is not on (NUMBA_ENABLE_CUDASIM=1)"
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-class Placed(np.ndarray):
-    """An array with CuPy's `device`, which is a context, and its `data`, which have an address."""
-
-    device = contextlib.nullcontext()
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-class Cupy:
-    """NumPy under CuPy's name. Of a new array what is not written stays NaN, or -1."""
-
-    cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    def ascontiguousarray(self, a):
-        return np.ascontiguousarray(a).view(Placed)
-
-    def empty(self, shape, dtype):
-        hole = np.nan if np.issubdtype(dtype, np.floating) else -1
-        return np.full(shape, hole, dtype=dtype).view(Placed)
-
-    def zeros(self, shape, dtype):
-        return np.zeros(shape, dtype=dtype).view(Placed)
-
-    def ones(self, shape, dtype):
-        return np.ones(shape, dtype=dtype).view(Placed)
 
 
 @pytest.fixture(autouse=True)
@@ -86,4 +54,4 @@ def kernels(monkeypatch):
 @pytest.fixture
 def on_gpu():
     """Function to an array that has a device."""
-    return lambda x: np.asarray(x).view(Placed)
+    return placed
