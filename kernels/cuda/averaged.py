@@ -166,6 +166,7 @@ def symmetric(side: int, height: int) -> Any:
                         apart = uint64(uint32(m * height) * n)
                         mean = kept * old_above[m] + taken * square[uint64(k), uint64(x)]
                         out[there + apart] = mean if is_taken else old_above[m]
+                # No barrier: the next square begins with what each thread read last of this one.
                 right = uint32(right + cuda.gridDim.x)
             item = uint32(item + cuda.gridDim.y)
 

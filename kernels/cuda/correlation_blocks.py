@@ -144,6 +144,7 @@ def filler(side: int, height: int) -> Any:
                     k = uint32(y + uint32(m * height))
                     if right < low and first_e + k < channels and first_c + x < channels:
                         out[there + uint64(uint32(m * height) * n)] = square[uint64(k), uint64(x)]
+                # No barrier: the next square begins with what each thread read last of this one.
                 right = uint32(right + cuda.gridDim.x)
             low = uint32(low + cuda.gridDim.y)
         # The last row and column are written with the part that all taps belong to.
