@@ -12,7 +12,7 @@ SIZES = list(itertools.product([1, 27, 577, 4608], [1, 64, 1000], [1, 7, 512], [
 
 def blocks(chosen: Plan, rows: int, columns: int, groups: int = 1) -> int:
     """How many are launched."""
-    return chosen.tile.count(rows, columns, groups) * chosen.parts * chosen.splits
+    return chosen.tile.cover(rows, columns, groups) * chosen.parts * chosen.splits
 
 
 class TestTiles:
@@ -26,8 +26,8 @@ class TestTiles:
 
     def test_groups_have_tiles_of_their_own(self):
         tile = Tile(threads_d=2, threads_c=2, each_d=2, each_c=2)  # 4 x 4
-        assert tile.count(5, 12, 1) == 2 * 3
-        assert tile.count(5, 12, 2) == 2 * 2 * 2  # six columns each
+        assert tile.cover(5, 12, 1) == 2 * 3
+        assert tile.cover(5, 12, 2) == 2 * 2 * 2  # six columns each
 
 
 class TestPlans:

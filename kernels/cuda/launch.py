@@ -18,6 +18,7 @@ def num_blocks(size: int, threads: int) -> int:
     return max(1, min(-(-size // threads), _MAX_BLOCKS))
 
 
+_config: Any = cuda.config
 _configuring = threading.Lock()
 
 
@@ -28,12 +29,12 @@ def configured(kernel: Any, grid: Any, threads: Any, stream: Any) -> Any:
     not fill a device is left out, by its own setting: there is not always more to do.
     """
     with _configuring:
-        advises = cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS
-        cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+        advises = _config.CUDA_LOW_OCCUPANCY_WARNINGS
+        _config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
         try:
             return kernel[grid, threads, stream]
         finally:
-            cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS = advises
+            _config.CUDA_LOW_OCCUPANCY_WARNINGS = advises
 
 
 def current_stream() -> Any:

@@ -76,12 +76,13 @@ def _squares(images: Any, grads: Any, axes: ThreeAxes, shape: tuple[int, int], g
             plan = tiles.plan(*shape, groups, num_cases, locations, name)
             (_, parts, splits), launch = plan, functools.partial(squared_tiles.launch, plan=plan)
         sums = cupy.empty((parts * splits, *shape), dtype=dtype)
-        launch(*on_device(*flat), sizes, *on_device(sums), stream=current_stream())
+        pixels, columns, added = on_device(*flat, sums)
+        launch(pixels, columns, sizes, added, stream=current_stream())
         if len(sums) == 1:
             return sums[0]
         out = cupy.empty(shape, dtype=dtype)
-        flat = sums.reshape(len(sums), -1), out.reshape(-1)
-        add_up(*on_device(*flat), splits, stream=current_stream())
+        added, total = on_device(sums.reshape(len(sums), -1), out.reshape(-1))
+        add_up(added, total, splits, stream=current_stream())
         return out
 
 

@@ -29,7 +29,7 @@ def launch(images: Any, grads: Any, sizes: Any, out: Any, *, plan: Plan, stream:
     """Fill `out` [parts * splits, D (+ 1), C_out] from flat images and gradients: see `tiled`."""
     tile, parts, splits = plan
     _, num_rows, num_columns = out.shape
-    blocks = tile.count(num_rows, num_columns, int(sizes.groups))
+    blocks = tile.cover(num_rows, num_columns, int(sizes.groups))
     grid = num_blocks(blocks, 1), num_blocks(parts * splits, 1)
     fill = configured(tiled(tile, np.dtype(out.dtype).name), grid, tile.threads, stream)
     fill(images, grads, sizes, *map(np.uint32, (parts, splits, num_rows)), out.reshape(out.size))

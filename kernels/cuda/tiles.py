@@ -45,7 +45,7 @@ class Tile(NamedTuple):
         """Columns of a tile."""
         return self.threads_c * self.each_c
 
-    def count(self, rows: int, columns: int, groups: int) -> int:
+    def cover(self, rows: int, columns: int, groups: int) -> int:
         """How many tiles cover a result, of which each group has some columns."""
         return groups * -(-rows // self.rows) * -(-columns // groups // self.columns)
 
@@ -105,7 +105,7 @@ def plan(rows: int, columns: int, groups: int, cases: int, locations: int, dtype
 
     def cost(chosen: Plan) -> float:
         tile, parts, splits = chosen
-        number = tile.count(rows, columns, groups) * parts * splits
+        number = tile.cover(rows, columns, groups) * parts * splits
         area = tile.rows * tile.columns
         length = _START + -(-cases // parts) * -(-locations // splits)
         total = 0.0

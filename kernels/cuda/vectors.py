@@ -16,7 +16,8 @@ from numba import cuda, from_dtype
 VECTOR = 16
 """Bytes that a thread can read at a time."""
 
-ALIGNS = getattr(cuda, "implementation", "") == "NVIDIA" and not cuda.config.ENABLE_CUDASIM
+_config: Any = cuda.config
+ALIGNS = getattr(cuda, "implementation", "") == "NVIDIA" and not _config.ENABLE_CUDASIM
 """True if ``cuda.shared.array`` wants to be told the alignment, which is `VECTOR`."""
 
 
