@@ -1,30 +1,25 @@
 """Kernels on an emulated device, on NumPy's arrays in the place of CuPy's."""
 
+import importlib
 import sys
 
 import numpy as np
 
 from benchmarks.emulator import Emulator
-from kfac_xp.kernels.cuda import (
-    averaged,
-    correlation_blocks,
-    patches,
-    squared_channels,
-    squared_outer,
-    squared_tiles,
-    triangles,
-)
 from tests.numpy_as_cupy import Cupy, placed
 
-MODULES = (
-    averaged,
-    correlation_blocks,
-    patches,
-    squared_channels,
-    squared_outer,
-    squared_tiles,
-    triangles,
-)
+MODULES = [
+    importlib.import_module(f"kfac_xp.kernels.cuda.{name}")
+    for name in (
+        "averaged",
+        "correlation_blocks",
+        "patches",
+        "squared_channels",
+        "squared_outer",
+        "squared_tiles",
+        "triangles",
+    )
+]
 
 
 class EmulatedCupy(Cupy):

@@ -4,7 +4,6 @@ The device's own test is in ``test_cuda_kernels.py``; here a stand-in of cuBLAS 
 in memory, as its documentation says.
 """
 
-import contextlib
 import ctypes
 import sys
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from kfac_xp import use_backend
 from kfac_xp.kernels.cuda.shifted_products import runs, shifted_products
 from kfac_xp.patch_covariance import offsets
 from tests.cases import to_numpy
+from tests.numpy_as_cupy import placed
 
 
 def loops(rows, steps):
@@ -23,18 +23,8 @@ def loops(rows, steps):
     return np.stack([sum(np.outer(a, b) for a, b in zip(rows, rows[s:])) for s in steps])  # noqa: B905
 
 
-class OnDevice(np.ndarray):
-    """Host memory with the attributes of CuPy's arrays that the function uses."""
-
-    device = contextlib.nullcontext()
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
 def on_device(x):
-    return np.array(x, order="C").view(OnDevice)
+    return placed(np.array(x, order="C"))
 
 
 class Cublas:
