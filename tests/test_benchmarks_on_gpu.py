@@ -17,6 +17,7 @@ from benchmarks.gpu import (
     kernels,
     networks,
     statistics,
+    steps,
 )
 from benchmarks.gpu.device import CupyDevice
 from kfac_xp import backend
@@ -54,7 +55,7 @@ def tiny(kept, monkeypatch):  # noqa: F811
     monkeypatch.setattr(inverses, "resnet50_sizes", lambda: [3, 8, 3])
     resnet = partial(networks.ResNet, blocks=(1, 1), width=4, h=32, classes=5)
     transformer = partial(networks.Transformer, depth=1, d=8, heads=2, sequence=3)
-    for module in (statistics, graphs):
+    for module in (statistics, steps, graphs):
         monkeypatch.setattr(module, "ResNet", resnet)
         monkeypatch.setattr(module, "Transformer", transformer)
         monkeypatch.setattr(module, "BATCH", 2)
@@ -73,7 +74,15 @@ def test_the_whole_run(tiny, monkeypatch, tmp_path, capsys):
     assert device.description() in written["device"]
     assert len(written["calibration"]) == 2, "the host and the card"
     without_torch = device.why_without_torch()
-    groups = {"ceilings", "covariance", "conv_diagonal", "kernels", "inverses", "statistics"}
+    groups = {
+        "ceilings",
+        "covariance",
+        "conv_diagonal",
+        "kernels",
+        "inverses",
+        "statistics",
+        "step",
+    }
     assert {case["case"].split("/")[0] for case in written["cases"]} == groups | {"graphs"}
     for case in written["cases"]:
         is_of_products = case["case"].startswith("graphs/moments")

@@ -15,10 +15,11 @@ from benchmarks.gpu import (
     inverses,
     kernels,
     statistics,
+    steps,
 )
 from benchmarks.gpu.device import Device
 
-GROUPS = (floors, covariance, conv_diagonal, kernels, inverses, statistics, graphs)
+GROUPS = (floors, covariance, conv_diagonal, kernels, inverses, statistics, steps, graphs)
 
 
 def all_cases(device: Device) -> Iterator[Case]:
