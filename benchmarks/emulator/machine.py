@@ -140,7 +140,7 @@ class Block:
         registers = re.findall(r"[^{},\s]+", register)
         base, _, offset = address.strip("[]").partition("+")
         if place == "param":
-            index = int(re.search(r"_param_(\d+)$", base)[1])  # type: ignore[index]
+            index = int(base.rpartition("_param_")[2])
             value = np.asarray(self.params[index], dtype=dtype)
             self._write(register, np.broadcast_to(value, threads.size), threads)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 NOBODY, SEVERAL = -1, -2
@@ -62,7 +64,9 @@ class GlobalMemory:
                 self._known[which][offsets + byte] = True
                 self._written[which][offsets + byte] = True
 
-    def _arrays(self, addresses: np.ndarray, dtype: np.dtype):  # type: ignore[no-untyped-def]
+    def _arrays(
+        self, addresses: np.ndarray, dtype: np.dtype
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """For each array that is touched: its number, which threads do, and their offsets."""
         numbers = addresses // self._STRIDE
         for number in np.unique(numbers):
