@@ -174,7 +174,7 @@ def test_bad_axes(xp):
             kfac_xp.ScaleAndShiftFullFactor(x, x, dims, has_shift=False)
 
 
-def test_of_generic_parameters_drawn_modes_give_the_fisher_and_exact_ones_do_not(rng):
+def test_of_generic_parameters_drawn_modes_give_the_fisher_and_exact_ones_do_not(rng, caplog):
     """Logits that are parameters themselves: N cases alike, whose columns of B add up."""
     logits = rng.normal(size=3)
 
@@ -196,5 +196,9 @@ def test_of_generic_parameters_drawn_modes_give_the_fisher_and_exact_ones_do_not
 
     p = np.exp(logits) / np.exp(logits).sum()
     fisher = np.diag(p) - np.outer(p, p)
-    assert_close(matrix("exact"), 8 * fisher, 1e-12)
     assert_close(matrix("gradients", num_samples=2000), fisher, 0.1)
+    assert not caplog.records
+    assert_close(matrix("exact"), 8 * fisher, 1e-12)
+    (record,) = caplog.records
+    assert record.name == "kfac_xp.estimator"
+    assert "'exact' is not for generic parameters (logits)" in record.getMessage()

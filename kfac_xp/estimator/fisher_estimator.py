@@ -144,6 +144,15 @@ class FisherEstimator(Saveable, DataSetEstimator):
         if logger.isEnabledFor(logging.INFO):
             ranks = team.communicator.describe()
             logger.info("%s of %s, %s; %s", name, ", ".join(names), place_of(like), ranks)
+        added_up = [n for n, block in self._blocks.items() if block.needs_params_grads]
+        if added_up and estimation_mode in ("empirical", "exact", "exact_GGN"):
+            logger.warning(
+                "estimation mode %r is not for generic parameters (%s): the gradients of all cases "
+                "are added up before they are squared, and the result is up to as many times too "
+                "large as there are cases. Use 'gradients' or 'curvature_prop'.",
+                estimation_mode,
+                ", ".join(added_up),
+            )
 
     @property
     def mat_type(self) -> str:
