@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from kfac_xp.averages import NonFiniteStatisticsError
@@ -261,13 +260,6 @@ class FisherEstimator(Saveable, DataSetEstimator):
 
     # ------------------------------------------------------------------ state
 
-    def unchanged_on_error(self) -> AbstractContextManager[None]:
-        """Put every factor, block and counter back if the body of the ``with`` raises.
-
-        A report that statistics were not finite stays made, so that the next try starts anew.
-        """
-        return _UnchangedOnError(self)
-
     def state_dict(self, *, powers: bool = True) -> dict[str, Any]:
         """Everything that continuing needs: seed, counter, statistics and powers.
 
@@ -316,19 +308,3 @@ class FisherEstimator(Saveable, DataSetEstimator):
             _params_stats=None,
         )
         return [*self.layers.changes_to(saved.part("layers")), own]
-
-
-class _UnchangedOnError(AbstractContextManager[None]):
-    """See `FisherEstimator.unchanged_on_error`.
-
-    Not made of a generator: one that is dropped before its end would roll back when it is.
-    """
-
-    def __init__(self, estimator: FisherEstimator) -> None:
-        self._rollback = estimator.rollback()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._rollback.undo()
-        if isinstance(error, NonFiniteStatisticsError):
-            error.forget()

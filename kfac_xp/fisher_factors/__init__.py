@@ -7,12 +7,7 @@ from kfac_xp.fisher_factors.accounts import (
     num_updates,
     staleness,
 )
-from kfac_xp.fisher_factors.base import (
-    FisherFactor,
-    follow,
-    refresh_factors,
-    refresh_powers,
-)
+from kfac_xp.fisher_factors.base import FisherFactor
 from kfac_xp.fisher_factors.convolution import (
     ConvDiagonalFactor,
     ConvInputKroneckerFactor,
@@ -45,6 +40,7 @@ from kfac_xp.fisher_factors.multi_use import (
     DiagonalMultiKF,
     FullyConnectedMultiKF,
 )
+from kfac_xp.fisher_factors.refreshing import follow, refresh_factors, refresh_powers
 from kfac_xp.fisher_factors.rotated import (
     ConvGroupedRotatedFactor,
     ConvRotatedFactor,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from kfac_xp.averages import MovingAverage, NonFiniteStatisticsError
+from kfac_xp.averages import MovingAverage
 from kfac_xp.backend import array_namespace, cast, detached, device_of, statistics_dtype
 from kfac_xp.batches import (
     Bound,
@@ -18,18 +18,16 @@ from kfac_xp.batches import (
     require_same_place,
     require_shape,
 )
-from kfac_xp.changes import Change, Rollback, attributes, make
+from kfac_xp.changes import Change, attributes, make
 from kfac_xp.descriptions import Described, facts_of_array
 from kfac_xp.fisher_factors.matrix_functions import MatrixFunctions
+from kfac_xp.fisher_factors.refreshing import refresh_factors
 from kfac_xp.linalg import products_are_symmetric
 from kfac_xp.moments import Moment
 from kfac_xp.operators import LinearOperator
 from kfac_xp.options import FactorOptions
 from kfac_xp.precision import statistics_products
-from kfac_xp.representations import (
-    Representation,
-    refresh,
-)
+from kfac_xp.representations import Representation
 from kfac_xp.state import Saved
 from kfac_xp.typing import Array, Scalar, Triangles
 
@@ -419,44 +417,3 @@ class FisherFactor(Described, MatrixFunctions):
         facts |= {"updates": str(updates), "powers": self._powers.progress}
         stale = self.info.get("staleness")
         return facts if stale is None else facts | {"staleness": str(stale)}
-
-
-def refresh_factors(factors: Iterable[FisherFactor]) -> None:
-    """`update_inverses` of all factors, with one look at the device for all of them.
-
-    All factors are refreshed, or if that raises none is.
-    """
-    factors = list(factors)
-    rollback = Rollback(holder for factor in factors for holder in factor.holders())
-    try:
-        refresh_powers(factors)
-        follow(factors)
-    except BaseException as error:
-        rollback.undo()
-        if isinstance(error, NonFiniteStatisticsError):
-            error.forget()
-        raise
-
-
-def refresh_powers(
-    factors: Iterable[FisherFactor], where: Callable[[FisherFactor], bool] = lambda factor: True
-) -> None:
-    """Recompute the powers of the factors for which `where` is true, and look at all of them.
-
-    The factors that go by others' powers take them over by `follow`.
-    """
-    items, watched = [], []
-    for factor in factors:
-        if factor._powers.needs_refresh:
-            factor._value()  # says so if there is none yet
-        if factor._average is not None and where(factor):
-            items.append((factor.label, factor._powers, factor._average))
-        elif factor._average is not None:
-            watched.append((factor.label, factor._average))
-    refresh(items, watched)
-
-
-def follow(factors: Iterable[FisherFactor]) -> None:
-    """Let every factor take over what it needs of the powers of those that it goes by."""
-    for factor in factors:
-        factor._follow()
